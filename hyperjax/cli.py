@@ -1,0 +1,592 @@
+"""The command ``hyperjax``: a thin layer over the library.
+
+Heavy modules (numpy, astropy, JAX) are imported inside the commands, so that ``--help`` is quick.
+Results go to the standard output; progress, log and errors go to the standard error.
+"""
+
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from hyperjax.errors import ConfigError, HyperjaxError, OutputError
+from hyperjax.logs import attached
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hyperjax.config import Config
+    from hyperjax.simulate import Simulated
+    from hyperjax.survey import MapOutcome, SurveyResult
+
+__all__ = ["app", "main"]
+
+DEFAULT_OUTPUT = "hyperjax_out"
+"""Output folder where neither ``-o`` nor a configuration names another."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+app = typer.Typer(
+    name="hyperjax",
+    epilog="First time? `hyperjax demo` simulates a map, extracts its sources and scores them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _end)
+    app(prog_name="hyperjax")
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End on a signal as on Ctrl-C: other processes are ended, and temporary files removed."""
+    raise SystemExit(128 + number)
+
+
+# --- What the commands share ---------------------------------------------------------------------
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what is done.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show tracebacks of errors, and log every detail.")
+]
+
+
+@contextmanager
+def _errors_in_one_line(debug: bool = False) -> Iterator[None]:
+    """End a command that fails on purpose with one line and its exit code."""
+    try:
+        yield
+    except HyperjaxError as error:
+        if debug:
+            traceback.print_exc()
+        _print_error(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _print_error(error: object) -> None:
+    typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+
+
+@contextmanager
+def _log_on_terminal(console: "Console", verbose: bool, quiet: bool) -> Iterator[None]:
+    """Show log records; Python's warnings are for the log files, unless all is asked for."""
+    from rich.logging import RichHandler
+
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.addFilter(lambda record: verbose or record.name != "py.warnings")
+    handler.addFilter(_is_not_failed_map)
+    logging.captureWarnings(True)
+    try:
+        with attached(handler, level):
+            yield
+    finally:
+        logging.captureWarnings(False)
+
+
+def _is_not_failed_map(record: logging.LogRecord) -> bool:
+    """Whether a record is other than the failure of a map, which the end of the run reports."""
+    return not (record.name == "hyperjax.survey" and record.levelno >= logging.ERROR)
+
+
+def _short(path: Path) -> str:
+    """Show a path from the current folder where it is inside."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"hyperjax {version('hyperjax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _hyperjax(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Source extraction and photometry for astronomical maps.
+
+    Finds the compact sources of FITS maps, fits them and their background with
+    Gaussians, and writes catalogues (ECSV, IPAC, CSV), DS9 regions, the model,
+    residual, background and noise maps, and a picture.
+
+        hyperjax run map.fits -o results
+    """
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Exit codes: 0 all maps finished; 1 some of several failed; 2 the call or the "
+    "configuration is wrong; 3 no map could be used; 130 interrupted."
+)
+def run(
+    maps: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="MAP.fits|CONFIG.yaml",
+            help="FITS maps (.fits, .fits.gz, .fits.fz), or one configuration that names them.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            metavar="CONFIG.yaml",
+            help="Configuration; what is given on the command line goes before it.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder of the results. "
+            f"Default: that of the configuration; without one, {DEFAULT_OUTPUT}.",
+        ),
+    ] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            "--sigma",
+            "-s",
+            metavar="N",
+            help="Detection threshold, in units of the rms. Default: 5.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", metavar="N", help="Maps worked on at the same time. Default: 2."
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNIT",
+            help="Brightness unit: Jy/beam, Jy/pix, MJy/sr, K. Default: that of the header.",
+        ),
+    ] = None,
+    beam: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
+        ),
+    ] = None,
+    frequency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GHZ", help="Frequency of a map in K, GHz. Default: that of the header."
+        ),
+    ] = None,
+    hdu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Number or name of the extension. Default: the first image."
+        ),
+    ] = None,
+    survey_code: Annotated[
+        int | None,
+        typer.Option(
+            metavar="CODE",
+            help="Fixed beam: 1-3 PACS 70, 100, 160 um; 4-6 SPIRE 250, 350, 500 um; 7, 8 JCMT "
+            "450, 850 um. Default: 15, the header's.",
+        ),
+    ] = None,
+    detection_only: Annotated[
+        bool, typer.Option("--detection-only", help="Detect the sources, but do not fit them.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show at the end how long each step took.")
+    ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Extract the sources of maps and write the catalogues.
+
+    One map, with the beam and the unit of its header:
+
+        hyperjax run orion.fits --sigma 4 -o results
+
+    Several maps, two at a time, with a configuration:
+
+        hyperjax run *.fits -c hyper_config.yaml --jobs 2
+
+    Maps, folders and everything else from a configuration:
+
+        hyperjax run hyper_config.yaml
+
+    Without an argument: ./hyper_config.yaml, else the user's own configuration.
+    """
+    given = {
+        "paths.output.dir_root": str(out.absolute()) if out else None,
+        "detection.sigma_thres": sigma,
+        "control.n_cores": jobs,
+        "control.parallel_maps": None if jobs is None else True,
+        "control.detection_only": detection_only or None,
+        "units.map_unit": unit,
+        "units.frequency_ghz": frequency,
+        "survey.beam_fwhm_arcsec": beam,
+        "survey.survey_code": survey_code,
+        "files.hdu": hdu,
+    }
+    with _errors_in_one_line(debug):
+        options, paths = _inputs(maps or [], config, given)
+        result = _run(paths, options, verbose, quiet, debug)
+        if not quiet:
+            _print_summary(result)
+        if profile:
+            _print_profile(result.outcomes)
+        _print_failures(result, debug)
+    raise typer.Exit(result.exit_code)
+
+
+def _inputs(
+    maps: Sequence[Path], config: Path | None, given: dict[str, Any]
+) -> "tuple[Config, Sequence[Path]]":
+    """Tell maps from configuration, and put what is given on the command line before the rest."""
+    from hyperjax.config import Config, find_config, load_config, map_paths, with_overrides
+
+    files = [path for path in maps if path.suffix.lower() in (".yaml", ".yml")]
+    if files and (config or len(maps) > 1):
+        raise ConfigError(f"{files[0]}: give one configuration, and beside maps with -c")
+    config = files[0] if files else config
+    if not maps and config is None:
+        config = find_config() or _offer_template()
+    options = load_config(config) if config else Config()
+    defaults = {} if config else {"paths.output.dir_root": str(Path(DEFAULT_OUTPUT).absolute())}
+    set_here = {key: value for key, value in given.items() if value is not None}
+    options = with_overrides(options, {**defaults, **set_here})
+    return options, map_paths(options) if files or not maps else maps
+
+
+def _offer_template() -> Path:
+    """Write a configuration to edit, and end there."""
+    from hyperjax.config import CONFIG_NAME, template
+
+    path = Path(CONFIG_NAME)
+    _write_text(path, template())
+    raise ConfigError(
+        f"no map and no configuration given: wrote {path}; name your maps in it "
+        "(files.file_map_name) and run `hyperjax run` again, or try `hyperjax run MAP.fits`"
+    )
+
+
+def _run(
+    maps: Sequence[Path], config: "Config", verbose: bool, quiet: bool, debug: bool
+) -> "SurveyResult":
+    """Run a survey and draw its progress."""
+    from rich.console import Console
+
+    from hyperjax.products import Layout
+    from hyperjax.survey import n_jobs, output_folder, survey_result
+    from hyperjax.survey import run as run_survey
+
+    console = Console(stderr=True, quiet=quiet)
+    level = logging.DEBUG if debug else logging.INFO
+    out = output_folder(config)
+    outcomes = run_survey(maps, config, out, n_jobs(config), level)
+    with _log_on_terminal(console, verbose, quiet), closing(outcomes):
+        done = list(_with_progress(outcomes, len(maps), console))
+    return survey_result(done, Layout.from_config(config, out))
+
+
+def _with_progress(
+    outcomes: "Iterable[MapOutcome]", total: int, console: "Console"
+) -> "Iterator[MapOutcome]":
+    """Draw a bar on a terminal, or write a line for each map elsewhere."""
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("maps", total=total)
+        for number, outcome in enumerate(outcomes, start=1):
+            progress.advance(bar)
+            if total > 1 and not console.is_terminal:
+                console.print(f"{number}/{total} {_in_words(outcome)}", markup=False)
+            yield outcome
+
+
+def _in_words(outcome: "MapOutcome") -> str:
+    result = f"{outcome.n_sources} sources" if outcome.ok else "failed"
+    return f"{outcome.name}: {result}, {outcome.seconds:.1f} s"
+
+
+def _print_summary(result: "SurveyResult") -> None:
+    """Print a row for each finished map: sources, noise, time and catalogue."""
+    rows = [
+        (
+            outcome.name,
+            str(outcome.n_sources),
+            f"{1e3 * outcome.rms:.4g}",
+            f"{outcome.seconds:.1f}",
+            _short(outcome.files[0]),
+        )
+        for outcome in result.finished
+    ]
+    if rows:
+        _print_table(("map", "sources", "rms [mJy/beam]", "seconds", "catalogue"), rows)
+        typer.echo(f"\npictures: {_short(result.layout.plots)}")
+    if len(rows) > 1:
+        typer.echo(f"merged catalogue: {_short(result.merged_table)}")
+
+
+def _print_profile(outcomes: "Iterable[MapOutcome]") -> None:
+    """Print how long each step took, over all maps."""
+    totals: dict[str, float] = {}
+    for outcome in outcomes:
+        for step, seconds in outcome.steps.items():
+            totals[step] = totals.get(step, 0.0) + seconds
+    typer.echo()
+    _print_table(("step", "seconds"), [(step, f"{time:.2f}") for step, time in totals.items()])
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns, numbers to the right; off a terminal as wide as they need."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    numbers = ("sources", "seconds", "rms [mJy/beam]")
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        justify = "right" if title in numbers else "left"
+        table.add_column(Text(title), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 1000)
+
+
+def _print_failures(result: "SurveyResult", debug: bool) -> None:
+    """Print a line for each map that failed."""
+    for outcome in result.failed:
+        if debug and outcome.traceback:
+            typer.echo(outcome.traceback, err=True)
+        _print_error(outcome.error)
+
+
+# --- init ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The file to write.")] = Path(
+        "hyper_config.yaml"
+    ),
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented configuration: every key, its meaning, unit and default.
+
+    From a new configuration to catalogues:
+
+        hyperjax init orion.yaml
+        hyperjax run orion.yaml
+
+    In between, name the maps in it (files.file_map_name).
+    """
+    with _errors_in_one_line(debug):
+        from hyperjax.config import template
+
+        _write_text(path, template(), force)
+        typer.echo(f"wrote {path}; name your maps in it and run `hyperjax run {path}`")
+
+
+def _write_text(path: Path, text: str, force: bool = False) -> None:
+    """Write a new text file."""
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise OutputError(f"{path}: exists already; give another name, or --force") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+# --- simulate ------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    context: typer.Context,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT.fits",
+            help="The map; the truth is written beside it as OUT_truth.ecsv.",
+            show_default=False,
+        ),
+    ],
+    shape: Annotated[
+        tuple[int, int], typer.Option(metavar="NY NX", help="Size of the map, pixels.")
+    ] = (400, 400),
+    n_sources: Annotated[
+        int, typer.Option("--n-sources", "--sources", metavar="N", help="Number of sources.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same map.")] = 1,
+    beam_fwhm_pix: Annotated[
+        float, typer.Option("--beam-fwhm-pix", metavar="PIXELS", help="FWHM of the beam, pixels.")
+    ] = 4.0,
+    beam_axis_ratio: Annotated[
+        float, typer.Option(metavar="RATIO", help="Minor over major axis of the beam.")
+    ] = 1.0,
+    beam_pa_deg: Annotated[
+        float, typer.Option(metavar="DEG", help="Position angle of the beam, deg East of North.")
+    ] = 0.0,
+    pixel_arcsec: Annotated[
+        float, typer.Option(metavar="ARCSEC", help="Side of a pixel, arcsec.")
+    ] = 1.0,
+    frame: Annotated[
+        str, typer.Option(metavar="FRAME", help="icrs, fk5, fk4 or galactic.")
+    ] = "icrs",
+    projection: Annotated[
+        str, typer.Option(metavar="CODE", help="FITS projection: TAN, SIN, CAR ...")
+    ] = "TAN",
+    centre_deg: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LON LAT", help="Longitude and latitude of the centre, deg."),
+    ] = (83.8, -5.4),
+    rotation_deg: Annotated[
+        float, typer.Option(metavar="DEG", help="Rotation of the map, deg (CROTA2).")
+    ] = 0.0,
+    unit: Annotated[
+        str, typer.Option(metavar="UNIT", help="Jy/beam, Jy/pixel, MJy/sr or K.")
+    ] = "Jy/beam",
+    frequency_ghz: Annotated[
+        float | None, typer.Option(metavar="GHZ", help="Frequency, GHz; needed for K.")
+    ] = None,
+    snr_range: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Range of the peaks, in units of the rms."),
+    ] = (8.0, 100.0),
+    size_range: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Range of the major FWHM, in beams."),
+    ] = (1.0, 1.5),
+    blend_fraction: Annotated[
+        float, typer.Option(metavar="FRACTION", help="Part of the sources put next to another.")
+    ] = 0.0,
+    noise: Annotated[
+        str, typer.Option(metavar="KIND", help="white, beam (correlated), 1/f or none.")
+    ] = "white",
+    rms_mjy_beam: Annotated[float, typer.Option(metavar="MJY", help="The noise, mJy/beam.")] = 1.0,
+    gradient: Annotated[
+        float, typer.Option(metavar="RMS", help="Range of the background's plane, in rms.")
+    ] = 4.0,
+    structure: Annotated[
+        float, typer.Option(metavar="RMS", help="Strength of the background's structure, in rms.")
+    ] = 1.0,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace existing files.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a map with known sources, and the table of the truth.
+
+    A map of 200 sources, a third of them close to another:
+
+        hyperjax simulate sky.fits --sources 200 --blend-fraction 0.33
+        hyperjax run sky.fits
+
+    The options are fields of hyperjax.Simulation, which has more of them.
+    """
+    with _errors_in_one_line(debug):
+        import dataclasses
+
+        from hyperjax.simulate import Simulation, write_simulation
+        from hyperjax.simulate import simulate as simulate_map
+
+        fields = {field.name for field in dataclasses.fields(Simulation)}
+        chosen = {name: value for name, value in context.params.items() if name in fields}
+        simulated = simulate_map(Simulation(**chosen))
+        map_path, truth_path = write_simulation(simulated, out, overwrite=force)
+        typer.echo(f"wrote {map_path} and {truth_path} ({len(simulated.truth)} sources)")
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder of everything.")
+    ] = Path("hyperjax_demo"),
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Simulate a map, extract its sources, score them against the truth.
+
+    Everything in one folder:
+
+        hyperjax demo -o hyperjax_demo
+
+    The pictures to look at are named at the end.
+    """
+    with _errors_in_one_line(debug):
+        from hyperjax.config import config_from_dict
+        from hyperjax.simulate import demo_simulation, write_simulation
+        from hyperjax.simulate import simulate as simulate_map
+
+        simulated = simulate_map(demo_simulation())
+        map_path, truth_path = write_simulation(simulated, out / "demo.fits", overwrite=True)
+        typer.echo(f"simulated {len(simulated.truth)} sources: {map_path}, truth: {truth_path}")
+        config = config_from_dict({"paths": {"output": {"dir_root": str(out.absolute())}}})
+        result = _run([map_path], config, verbose, quiet=False, debug=debug)
+        _print_failures(result, debug)
+        if result.finished:
+            _print_summary(result)
+            _print_score(result, simulated)
+    raise typer.Exit(result.exit_code)
+
+
+def _print_score(result: "SurveyResult", simulated: "Simulated") -> None:
+    """Compare a demonstration's catalogue with the truth, in words, a table and a picture."""
+    from hyperjax.evaluate import matches, score
+    from hyperjax.figures import comparison, save_figure
+    from hyperjax.products import atomic_path
+
+    catalog, truth = result.outcomes[0].catalog, simulated.truth
+    radius = simulated.options.beam_fwhm_arcsec / 2
+    scored = score(catalog, truth, radius)
+    picture = result.layout.plot("demo", "comparison")
+    save_figure(comparison(catalog, truth, matches(catalog, truth, radius)), picture)
+    with atomic_path(result.layout.tables / "demo_score.ecsv") as table:
+        scored.table().write(table, format="ascii.ecsv")
+    typer.echo("\nagainst the truth, matched within half a beam:")
+    for line in scored.lines():
+        typer.echo(f"  {line}")
+    typer.echo(f"\nlook at {_short(result.layout.plot('demo'))} and {_short(picture)}")

@@ -1,0 +1,1194 @@
+"""The typed configuration: what can be set, in which unit, within which range, and why.
+
+One frozen model per section of HYPER's YAML file, with its key names; options that HYPER does not
+have stand in the section where they belong. The models are the only place where a key, its default,
+its range and its meaning are written: the commented template, the messages of `ConfigError` and the
+checks are generated from them.
+
+YAML is read as text and each value is then read as the type of its key. So ``1e-6`` is a number,
+``2024_01`` can be a folder, and ``yes`` is true only where true or false is asked for.
+"""
+
+import difflib
+import functools
+import math
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import platformdirs
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from hyperjax.errors import ConfigError, MissingFileError
+
+__all__ = [
+    "CONFIG_NAME",
+    "NOT_YET",
+    "Background",
+    "Config",
+    "Control",
+    "Detection",
+    "Files",
+    "FitOptions",
+    "FitsOutput",
+    "InputPaths",
+    "Noise",
+    "OutputPaths",
+    "Paths",
+    "Photometry",
+    "Survey",
+    "Units",
+    "Visualization",
+    "config_from_dict",
+    "find_config",
+    "load_config",
+    "map_paths",
+    "template",
+    "with_overrides",
+]
+
+CONFIG_NAME = "hyper_config.yaml"
+
+
+# --- The kinds of values -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Differs:
+    """Marks a key whose default (or unit) is not HYPER's: HYPER's value, and why ours is better."""
+
+    hyper: Any
+    why: str
+
+
+def _number(value: object) -> object:
+    """Read a finite number that is written as text; a truth value is not a number."""
+    if isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    if not math.isfinite(number):
+        return value
+    return int(number) if number.is_integer() else number
+
+
+def _listed(value: object) -> object:
+    """Take a single value as a list of one."""
+    return (value,) if isinstance(value, str | int | float) else value
+
+
+def _null_text(value: object) -> object:
+    """HYPER writes the absence of weights as ``null``, in quotes or without."""
+    return "null" if value is None else value
+
+
+def _increasing(limits: tuple[float, float]) -> tuple[float, float]:
+    if not limits[0] < limits[1]:
+        raise ValueError("the first number must be below the second")
+    return limits
+
+
+T = TypeVar("T")
+Some = Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_listed)]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[^/\\]+$")]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Tolerance = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+Longitude = Annotated[float, Field(ge=-360, le=360), BeforeValidator(_number)]
+Latitude = Annotated[float, Field(ge=-90, le=90), BeforeValidator(_number)]
+Epsilon = Annotated[float, Field(ge=1), BeforeValidator(_number)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Order = Annotated[int, Field(ge=0, le=4), BeforeValidator(_number)]
+Interval = Annotated[tuple[Number, Number], AfterValidator(_increasing)]
+Hdu = Annotated[Annotated[int, Field(ge=0)] | Text | None, BeforeValidator(_number)]
+SurveyCode = Annotated[Literal[1, 2, 3, 4, 5, 6, 7, 8, 15], BeforeValidator(_number)]
+Weights = Annotated[
+    Literal["null", "inverse_rms", "snr", "power_snr", "map", "mask", "spatial"],
+    BeforeValidator(_null_text),
+]
+
+
+# --- The sections --------------------------------------------------------------------------------
+
+
+class _Section(BaseModel):
+    """A frozen group of keys; an unknown key is refused, an empty section holds the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section(cls, data: Any) -> Any:
+        return {} if data is None else data
+
+
+class InputPaths(_Section):
+    """Where the maps are."""
+
+    dir_maps: Text = Field(
+        default=".", description="Folder of the maps, relative to the folder of this file."
+    )
+
+
+class OutputPaths(_Section):
+    """Where the results go."""
+
+    dir_root: Text = Field(
+        default="output", description="Folder of all results, relative to the folder of this file."
+    )
+    dir_table_out: Text = Field(
+        default="params", description="Folder of the catalogues, in dir_root."
+    )
+    dir_region_out: Text = Field(
+        default="regions", description="Folder of the DS9 regions, in dir_root."
+    )
+    dir_log_out: Text = Field(default="logs", description="Folder of the logs, in dir_root.")
+
+
+class Paths(_Section):
+    """Folders; relative ones are relative to the folder of this file."""
+
+    input: InputPaths = InputPaths()
+    output: OutputPaths = OutputPaths()
+
+
+class Files(_Section):
+    """Names of the maps and of the result files."""
+
+    file_map_name: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="The map or maps, in paths.input.dir_maps: one FITS file, a list of them, or "
+        "a .txt file with one name per line (# starts a comment). Not needed when the maps are "
+        "given on the command line.",
+    )
+    hdu: Hdu = Field(
+        default=None,
+        description="The extension that holds the image, by number (0 is the primary one) or by "
+        "name; null takes the first image.",
+    )
+    file_table_base: Name = Field(
+        default="params", description="The catalogues are named <file_table_base>_<map>."
+    )
+    file_region_base: Name = Field(
+        default="region_files", description="The region files are named <file_region_base>_<map>."
+    )
+    file_log_name: Annotated[
+        Name, Differs("hyper_py.log", "the log carries the program's name")
+    ] = Field(default="hyperjax.log", description="Name of the log of the whole run.")
+
+
+class Control(_Section):
+    """How the run is organised."""
+
+    parallel_maps: bool = Field(default=True, description="Work on several maps at the same time.")
+    n_cores: Count = Field(
+        default=2, description="How many maps at the same time, where parallel_maps is true [maps]."
+    )
+    detection_only: bool = Field(
+        default=False,
+        description="Stop after the detection: positions, peaks and S/N without any fit.",
+    )
+    datacube: bool = Field(
+        default=False, description="The maps are cubes; treat every channel as a map."
+    )
+    dir_datacube_slices: Text = Field(
+        default="maps", description="Folder of the channels of a cube, in paths.output.dir_root."
+    )
+
+
+class Units(_Section):
+    """Units of the maps and of the catalogue."""
+
+    convert_mJy: bool = Field(
+        default=True,
+        description="Give flux densities in mJy (true) or Jy (false) in the catalogue.",
+    )
+    map_unit: Text | None = Field(
+        default=None,
+        description="Brightness unit of the maps, such as Jy/beam, Jy/pix, MJy/sr or K, used in "
+        "place of the header's BUNIT; null takes BUNIT.",
+    )
+    frequency_ghz: Positive | None = Field(
+        default=None,
+        description="Frequency of the maps, needed only where the unit is K; null takes it from "
+        "the header [GHz].",
+    )
+
+
+class Survey(_Section):
+    """The beam."""
+
+    survey_code: SurveyCode = Field(
+        default=15,
+        description="Which beam: 15 that of the header (BMAJ, BMIN, BPA); or a fixed one: 1, 2, 3 "
+        "PACS 70, 100, 160 um (5.2, 6.8, 12.0 arcsec); 4, 5, 6 SPIRE 250, 350, 500 um (18.0, 24.0, "
+        "34.5 arcsec); 7, 8 JCMT 450, 850 um (8.0, 14.5 arcsec).",
+    )
+    beam_fwhm_arcsec: Positive | None = Field(
+        default=None,
+        description="FWHM of a circular Gaussian beam, used in place of the header's beam and of "
+        "survey_code; null leaves it to those [arcsec].",
+    )
+
+
+class Detection(_Section):
+    """Finding the sources."""
+
+    sigma_thres: Positive = Field(
+        default=5.0, description="Threshold: how high a peak must stand above the map's mean [rms]."
+    )
+    use_manual_rms: bool = Field(
+        default=False,
+        description="Use rms_value for the noise, in place of the rms measured on the map.",
+    )
+    rms_value: Annotated[
+        Positive,
+        Differs(1e-6, "in HYPER [Jy/pixel]; here in the unit in which the rms of a map is quoted"),
+    ] = Field(default=1e-6, description="The noise where use_manual_rms is true [Jy/beam].")
+    kernel_size_pix: Whole = Field(
+        default=0,
+        description="Side of the square box whose local mean the high-pass filter subtracts; 0 "
+        "takes it from the beam [pixel].",
+    )
+    roundlim: Interval = Field(
+        default=(-4.0, 4.0),
+        description="Lowest and highest roundness, as DAOFIND has it [dimensionless].",
+    )
+    sharplim: Interval = Field(
+        default=(-2.0, 2.0),
+        description="Lowest and highest sharpness, as DAOFIND has it [dimensionless].",
+    )
+    dist_limit_arcsec: NotNegative = Field(
+        default=0.0,
+        description="Of two peaks that are closer than this only the brighter is kept; 0 means "
+        "one beam FWHM [arcsec].",
+    )
+    use_fixed_source_table: bool = Field(
+        default=False,
+        description="Take the sources from a table (ID, RA, DEC, FWHM_1, FWHM_2, PA).",
+    )
+    fixed_source_table_path: Text | None = Field(
+        default=None, description="The IPAC table of sources where use_fixed_source_table is true."
+    )
+    fixed_peaks: bool = Field(
+        default=False, description="Measure at given positions; detect nothing."
+    )
+    xcen_fix: Some[Longitude] | None = Field(
+        default=None,
+        description="Longitudes of the given positions, in the frame of the map [deg].",
+    )
+    ycen_fix: Some[Latitude] | None = Field(
+        default=None, description="Latitudes of the given positions, in the frame of the map [deg]."
+    )
+    snap_radius_pix: NotNegative = Field(
+        default=1.0,
+        description="How far a peak may move to the centroid of the brightest pixel nearby; 0 "
+        "moves none [pixel].",
+    )
+    shoulder_filter: bool = Field(
+        default=False,
+        description="Drop the peaks whose shoulder score, the asymmetry of a ring round the peak "
+        "over its height, says that they are the flank of a brighter source.",
+    )
+    shoulder_threshold: Positive = Field(
+        default=0.5, description="Highest shoulder score that is kept [dimensionless]."
+    )
+    shoulder_ring_factor: Positive = Field(
+        default=1.5, description="Radius of the ring of the shoulder score [beam FWHM]."
+    )
+    shoulder_n_angles: Annotated[int, Field(ge=4), BeforeValidator(_number)] = Field(
+        default=16, description="Number of points on the ring of the shoulder score [points]."
+    )
+    shoulder_neighbor_mask: NotNegative = Field(
+        default=1.0,
+        description="Points of the ring that are closer than this to another peak do not count "
+        "[beam FWHM].",
+    )
+
+
+class Photometry(_Section):
+    """Sizes of the sources and of their apertures."""
+
+    aper_inf: Annotated[
+        Positive,
+        Differs(1.0, "a bound at the true size of a point source biases its flux"),
+    ] = Field(default=0.5, description="Smallest width of a fitted source [sigma of the beam].")
+    aper_sup: Annotated[
+        Positive,
+        Differs(2.0, "sources that are larger than two beams lose flux at the bound"),
+    ] = Field(default=4.0, description="Largest width of a fitted source [sigma of the beam].")
+    fwhm_radius_ratio: Positive = Field(
+        default=0.5, description="Semi-axes of the elliptical aperture [fitted FWHM]."
+    )
+    fixed_radius: bool = Field(
+        default=False, description="Use the apertures fwhm_1, fwhm_2, PA_val, not the fitted ones."
+    )
+    fwhm_1: Some[NotNegative] | None = Field(
+        default=None,
+        description="Major FWHM of the given apertures: one, or one per source [arcsec].",
+    )
+    fwhm_2: Some[NotNegative] | None = Field(
+        default=None,
+        description="Minor FWHM of the given apertures: one, or one per source [arcsec].",
+    )
+    PA_val: Some[Longitude] | None = Field(
+        default=None, description="Position angle of the given apertures, East of North [deg]."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> "Photometry":
+        if not self.aper_inf < self.aper_sup:
+            raise ValueError(
+                f"aper_inf = {self.aper_inf:g}: must be below aper_sup = {self.aper_sup:g}"
+            )
+        return self
+
+
+class FitOptions(_Section):
+    """Fitting Gaussians to the sources."""
+
+    fit_method: Literal["least_squares"] = Field(
+        default="least_squares",
+        description="Least squares with bounds (Levenberg-Marquardt); HYPER's leastsq is accepted "
+        "and means the same.",
+    )
+    loss: Literal["linear", "soft_l1", "huber", "cauchy"] = Field(
+        default="linear",
+        description="Loss of a residual: linear is least squares, the others are robust.",
+    )
+    f_scale: Annotated[
+        Positive,
+        Differs(0.1, "in HYPER in units of the weighted residual, which vary from map to map"),
+    ] = Field(
+        default=1.0,
+        description="Size of a residual from which the loss is robust [sigma of the noise].",
+    )
+    max_nfev: Annotated[
+        Count,
+        Differs(
+            50000, "derivatives are analytic: an evaluation is a step, and a fit takes some ten"
+        ),
+    ] = Field(
+        default=200, description="Largest number of evaluations of the model in one fit [count]."
+    )
+    xtol: Tolerance = Field(
+        default=1e-8, description="Converged when no parameter changes by more [relative]."
+    )
+    ftol: Tolerance = Field(
+        default=1e-8, description="Converged when the cost changes by less [relative]."
+    )
+    gtol: Tolerance = Field(
+        default=1e-8,
+        description="Converged when the gradient of the cost is smaller [dimensionless].",
+    )
+    weights: Annotated[
+        Weights, Differs("snr", "weights that grow with the signal bias the flux")
+    ] = Field(
+        default="inverse_rms",
+        description="Weights of the pixels: null (all equal), inverse_rms (1 / noise), snr (signal "
+        "over noise), power_snr, map, mask, spatial.",
+    )
+    power_snr: NotNegative = Field(
+        default=5.0, description="Exponent of the S/N where weights is power_snr [dimensionless]."
+    )
+    calc_covar: bool = Field(
+        default=False,
+        description="HYPER's switch for the covariance of the parameters, which is always "
+        "computed here.",
+    )
+    min_method: Annotated[
+        Literal["nmse", "redchi", "bic"],
+        Differs("nmse", "nmse falls with every added term, so it always prefers the higher order"),
+    ] = Field(
+        default="bic",
+        description="Which background is best: that of the lowest nmse (mean squared residual, "
+        "normalised), redchi (reduced chi squared) or bic (Bayesian information criterion).",
+    )
+    verbose: bool = Field(default=False, description="Report every fit.")
+    use_l2_regularization: Annotated[
+        bool, Differs(True, "the penalty pulls the background to zero and so biases the flux")
+    ] = Field(
+        default=False,
+        description="Penalise the coefficients of a background that is fitted together with the "
+        "sources.",
+    )
+    lambda_l2: NotNegative = Field(
+        default=1e-4,
+        description="Strength of the penalty of use_l2_regularization [dimensionless].",
+    )
+    vary: Annotated[
+        bool, Differs(False, "the peaks of the detection are pinned to a pixel, the sources not")
+    ] = Field(default=True, description="Fit the positions too, within position_range_fwhm.")
+    position_range_fwhm: Positive = Field(
+        default=0.5,
+        description="How far a fitted position may move, along each axis, but 1 pixel at least "
+        "[beam FWHM].",
+    )
+    group_distance_fwhm: Annotated[
+        NotNegative,
+        Differs("2 x aper_sup", "neighbours further out are subtracted between the sweeps"),
+    ] = Field(
+        default=1.5, description="Sources that are closer than this are fitted jointly [beam FWHM]."
+    )
+    window_fwhm: Positive = Field(
+        default=3.0,
+        description="Margin of the window of a fit beyond the outermost positions of its group "
+        "[beam FWHM].",
+    )
+    sweeps: Count = Field(
+        default=2,
+        description="Rounds of fits of all groups, each with the neighbours outside the group "
+        "subtracted [rounds].",
+    )
+    bg_fitters: Some[Literal["least_squares", "huber", "theilsen"]] = Field(
+        default=("least_squares",),
+        description="How a background is fitted separately: least_squares, huber, theilsen.",
+    )
+    huber_epsilons: Some[Epsilon] = Field(
+        default=(1.1, 1.35, 1.7, 2.0),
+        description="Residuals from which huber, of bg_fitters, is robust [scatter].",
+    )
+    fit_aperture_sigma: Annotated[
+        NotNegative | None, Differs(1.0, "every pixel of the window tells something")
+    ] = Field(
+        default=None,
+        description="Margin of the circle of fitted pixels round a source; null fits the whole "
+        "window [sigma of the beam].",
+    )
+    spatial_weight_sigma: Positive = Field(
+        default=1.5,
+        description="Width of the weights where weights is spatial [sigma of the beam].",
+    )
+
+
+class Background(_Section):
+    """The background under the sources: separately, together with them, both or none."""
+
+    fit_gauss_and_bg_separately: Annotated[
+        bool,
+        Differs(True, "a background that is subtracted first carries no error into the flux"),
+    ] = Field(
+        default=False,
+        description="Fit a polynomial to the surroundings of each group, the sources masked, and "
+        "subtract it before the sources are fitted.",
+    )
+    pol_orders_separate: Some[Order] = Field(
+        default=(0, 1, 2),
+        description="Orders of the separate polynomial that are tried; the best is kept [order].",
+    )
+    fix_min_box: NotNegative = Field(
+        default=3.0,
+        description="Smallest margin of the box of the separate fit beyond the group; 0 takes "
+        "the whole map [beam FWHM].",
+    )
+    fix_max_box: NotNegative = Field(
+        default=5.0,
+        description="Largest margin of the box of the separate fit beyond the group [beam FWHM].",
+    )
+    fit_gauss_and_bg_together: Annotated[
+        bool,
+        Differs(False, "a joint fit carries the uncertainty of the background into the flux"),
+    ] = Field(
+        default=True,
+        description="Fit a polynomial background together with the sources of each group.",
+    )
+    polynomial_orders: Annotated[
+        Some[Order], Differs((0,), "backgrounds have slopes, which a constant leaves in the flux")
+    ] = Field(
+        default=(1,),
+        description="Orders of the joint polynomial that are tried; the best is kept [order].",
+    )
+    pol_orders_bkg_no_sources: Some[Order] = Field(
+        default=(0,),
+        description="Orders of the background of a channel of a cube that has no source [order].",
+    )
+
+    @model_validator(mode="after")
+    def _boxes_in_order(self) -> "Background":
+        if self.fix_min_box > self.fix_max_box:
+            raise ValueError(
+                f"fix_min_box = {self.fix_min_box:g}: must not exceed "
+                f"fix_max_box = {self.fix_max_box:g}"
+            )
+        return self
+
+
+class Noise(_Section):
+    """The noise of the maps."""
+
+    model: Literal["white"] = Field(
+        default="white", description="Correlation of the noise: white means independent pixels."
+    )
+
+
+class FitsOutput(_Section):
+    """FITS files of single fits."""
+
+    fits_fitting: bool = Field(
+        default=False, description="Write data, model and residual of each group."
+    )
+    fits_deblended: bool = Field(
+        default=False, description="Write the map of each deblended source."
+    )
+    fits_bg_separate: bool = Field(default=False, description="Write each separate background.")
+    fits_output_dir_fitting: Text = Field(
+        default="fits/fitting", description="Folder for fits_fitting, in paths.output.dir_root."
+    )
+    fits_output_dir_deblended: Text = Field(
+        default="fits/deblended", description="Folder for fits_deblended, in paths.output.dir_root."
+    )
+    fits_output_dir_bg_separate: Text = Field(
+        default="fits/bg_separate",
+        description="Folder for fits_bg_separate, in paths.output.dir_root.",
+    )
+
+
+class Visualization(_Section):
+    """Pictures of single fits."""
+
+    visualize_fitting: bool = Field(
+        default=False, description="Draw data, model and residual of groups."
+    )
+    visualize_deblended: bool = Field(default=False, description="Draw each deblended source.")
+    visualize_bg_separate: bool = Field(default=False, description="Draw each separate background.")
+    output_dir_fitting: Text = Field(
+        default="plots/fitting",
+        description="Folder for visualize_fitting, in paths.output.dir_root.",
+    )
+    output_dir_deblended: Text = Field(
+        default="plots/deblended",
+        description="Folder for visualize_deblended, in paths.output.dir_root.",
+    )
+    output_dir_bg_separate: Text = Field(
+        default="plots/bg_separate",
+        description="Folder for visualize_bg_separate, in paths.output.dir_root.",
+    )
+
+
+class Config(_Section):
+    """All options of a run; ``Config()`` holds the defaults, and a map alone needs no more.
+
+    Frozen and hashable: lists of the YAML file are tuples here. `config_from_dict` and
+    `load_config` give one-line errors; calling the class gives pydantic's.
+    """
+
+    paths: Paths = Paths()
+    files: Files = Files()
+    control: Control = Control()
+    units: Units = Units()
+    survey: Survey = Survey()
+    detection: Detection = Detection()
+    photometry: Photometry = Photometry()
+    fit_options: FitOptions = FitOptions()
+    background: Background = Background()
+    noise: Noise = Noise()
+    fits_output: FitsOutput = FitsOutput()
+    visualization: Visualization = Visualization()
+
+    _source: str = PrivateAttr("configuration")
+    _base_dir: Path | None = PrivateAttr(None)
+
+    @property
+    def source(self) -> str:
+        """What the options were read from: the name of the file, as error messages show it."""
+        return self._source
+
+    @property
+    def base_dir(self) -> Path:
+        """Folder that relative paths are relative to: that of the file, else the current one."""
+        return self._base_dir or Path.cwd()
+
+    def resolve(self, path: str | Path) -> Path:
+        """Make a path of the configuration absolute; ``~`` is the user's home."""
+        return self.base_dir / _home(path)
+
+    @model_validator(mode="after")
+    def _only_what_there_is(self) -> "Config":
+        for key, why in NOT_YET.items():
+            if _asked_for(self, key):
+                shown = _shown(_value(self, key))
+                raise ValueError(f"{key} = {shown}: not in this version of hyperjax; {why}")
+        return self
+
+
+# --- What HYPER can do and this version cannot ---------------------------------------------------
+
+_DETECTED = "sources are detected on each map"
+_FITTED = "apertures follow the fitted ellipses, scaled by photometry.fwhm_radius_ratio"
+_MAPS_WRITTEN = "use the maps of model, residual, background and rms that every run writes"
+_OVERVIEW = "use the overview picture that every run draws"
+
+_UNAVAILABLE = {
+    "control.datacube": "run the channels as separate two-dimensional maps",
+    "detection.use_fixed_source_table": _DETECTED,
+    "detection.fixed_peaks": _DETECTED,
+    "photometry.fixed_radius": _FITTED,
+    "fit_options.weights": "use inverse_rms, snr or null",
+    "fit_options.bg_fitters": "use [least_squares]",
+    "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
+    "fit_options.verbose": "leave it false: see STATUS, NITER and FLAGS in the catalogue",
+    "fit_options.fit_aperture_sigma": "set the fitted pixels with fit_options.window_fwhm",
+    "fits_output.fits_fitting": _MAPS_WRITTEN,
+    "fits_output.fits_deblended": _MAPS_WRITTEN,
+    "fits_output.fits_bg_separate": _MAPS_WRITTEN,
+    "visualization.visualize_fitting": _OVERVIEW,
+    "visualization.visualize_deblended": _OVERVIEW,
+    "visualization.visualize_bg_separate": _OVERVIEW,
+}
+
+_SWITCH = {
+    "control.dir_datacube_slices": "control.datacube",
+    "detection.fixed_source_table_path": "detection.use_fixed_source_table",
+    "detection.xcen_fix": "detection.fixed_peaks",
+    "detection.ycen_fix": "detection.fixed_peaks",
+    "photometry.fwhm_1": "photometry.fixed_radius",
+    "photometry.fwhm_2": "photometry.fixed_radius",
+    "photometry.PA_val": "photometry.fixed_radius",
+    "fit_options.power_snr": "fit_options.weights",
+    "fit_options.spatial_weight_sigma": "fit_options.weights",
+    "fit_options.huber_epsilons": "fit_options.bg_fitters",
+    "background.pol_orders_bkg_no_sources": "control.datacube",
+    "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
+    "fits_output.fits_output_dir_deblended": "fits_output.fits_deblended",
+    "fits_output.fits_output_dir_bg_separate": "fits_output.fits_bg_separate",
+    "visualization.output_dir_fitting": "visualization.visualize_fitting",
+    "visualization.output_dir_deblended": "visualization.visualize_deblended",
+    "visualization.output_dir_bg_separate": "visualization.visualize_bg_separate",
+}
+"""Keys that only say how the option of another key works."""
+
+NOT_YET: dict[str, str] = _UNAVAILABLE | {
+    key: _UNAVAILABLE[switch] for key, switch in _SWITCH.items()
+}
+"""Keys of HYPER that this version does not act on, and what to use instead.
+
+A value other than the default is refused. A key that only refines another one is accepted where
+that other one is given and off, as in the files that HYPER writes.
+"""
+
+_PARTLY: dict[str, tuple[Any, ...]] = {
+    "fit_options.weights": ("null", "inverse_rms", "snr"),
+    "fit_options.bg_fitters": (("least_squares",),),
+}
+"""Keys of NOT_YET of which this version can do some values: these."""
+
+
+def _asked_for(config: Config, key: str) -> bool:
+    """Whether a configuration asks for what this version cannot do."""
+    value = _value(config, key)
+    if value == _keys()[key].default or value in _PARTLY.get(key, ()):
+        return False
+    return not (key in _SWITCH and _is_given(config, _SWITCH[key]))
+
+
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _is_given(config: Config, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    return name in _value(config, section).model_fields_set
+
+
+# --- What the models say about a key -------------------------------------------------------------
+
+
+class _Key(NamedTuple):
+    """One key: its section's model, its name there, and its field."""
+
+    section: type[BaseModel]
+    name: str
+    field: FieldInfo
+
+    @property
+    def default(self) -> Any:
+        return self.field.default
+
+    @property
+    def allowed(self) -> str:
+        """The values that the key accepts, in words."""
+        return _in_words(_schema(self.section)["properties"][self.name])
+
+    @property
+    def differs(self) -> Differs | None:
+        return next((mark for mark in self.field.metadata if isinstance(mark, Differs)), None)
+
+
+def _submodel(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _walk(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, _Key]]:
+    for name, field in section.model_fields.items():
+        inner = _submodel(field)
+        if inner is None:
+            yield prefix + name, _Key(section, name, field)
+        else:
+            yield from _walk(inner, f"{prefix}{name}.")
+
+
+@functools.cache
+def _keys() -> dict[str, _Key]:
+    """Every key by its full path, such as ``detection.sigma_thres``."""
+    return dict(_walk(Config))
+
+
+@functools.cache
+def _schema(section: type[BaseModel]) -> dict[str, Any]:
+    return section.model_json_schema()
+
+
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_KINDS = {"number": "a number", "integer": "an integer", "boolean": "true or false"}
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """Say in words which values a JSON schema allows."""
+    match schema:
+        case {"anyOf": choices}:
+            null_first = sorted(choices, key=lambda choice: choice.get("type") != "null")
+            return " or ".join(_in_words(choice) for choice in null_first)
+        case {"enum": choices}:
+            return "one of " + ", ".join(str(choice) for choice in choices)
+        case {"const": only}:
+            return str(only)
+        case {"prefixItems": items}:
+            return f"a list of {len(items)} numbers, the first below the second"
+        case {"items": item}:
+            return f"a list of at least one item, each {_in_words(item)}"
+        case {"pattern": _}:
+            return "a name without slashes"
+        case {"type": "string"}:
+            return "text"
+        case {"type": kind}:
+            bounds = [f"{sign} {schema[k]:g}" for k, sign in _BOUNDS.items() if k in schema]
+            return f"{_KINDS.get(kind, kind)} {' and '.join(bounds)}".rstrip()
+    raise TypeError(f"no words for {schema}")
+
+
+# --- Errors in one line --------------------------------------------------------------------------
+
+_NOT_A_SECTION = "must be a section, with keys of its own"
+
+
+def _cut(text: str) -> str:
+    """Cut a text for a message: on one line, and not too long."""
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown(value: object) -> str:
+    """Show a value in a message."""
+    if value is None:
+        return "null"
+    return _cut(repr(list(value) if isinstance(value, tuple) else value))
+
+
+def _guess(unknown: str) -> str:
+    """Tell which key or section an unknown one may have been meant for."""
+    section, _, name = unknown.rpartition(".")
+    homonyms = [key for key in _keys() if key.rpartition(".")[2] == name]
+    siblings = [key for key in _keys() if key.startswith(f"{section}.")]
+    sections = list(Config.model_fields) if not section else []
+    for choices in (homonyms, sections, siblings, list(_keys())):
+        names = {key.rpartition(".")[2]: key for key in choices}
+        close = difflib.get_close_matches(name, names, n=1)
+        if close:
+            return f"did you mean {names[close[0]]}?"
+    return "`hyperjax init` writes a file with every key"
+
+
+def _key_at(location: tuple[int | str, ...]) -> str:
+    """Full path of the key that an error of pydantic belongs to, without what is inside it."""
+    parents = [".".join(map(str, location[:n])) for n in range(len(location) + 1)]
+    return next((parent for parent in parents if parent in _keys()), _cut(parents[-1]))
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """One error of pydantic, in the words of the configuration."""
+    key = _key_at(error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown {'key' if '.' in key else 'section'}; {_guess(key)}"
+    if error["type"] == "value_error":
+        reason = str(error["ctx"]["error"])
+        if key in _keys():
+            return f"{key} = {_shown(error['input'])}: {reason}"
+        return f"{key}.{reason}".lstrip(".")
+    if key in _keys():
+        return f"{key} = {_shown(error['input'])}: must be {_keys()[key].allowed}"
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} = {_shown(error['input'])}: {_NOT_A_SECTION}"
+    return f"{key}: {error['msg']}"
+
+
+def _one_line(error: ValidationError) -> str:
+    """Tell the first problem in full, and the keys of the others."""
+    problems: dict[str, Any] = {}
+    for each in error.errors():
+        problems.setdefault(_key_at(each["loc"]), each)
+    others = list(problems)[1:]
+    also = f" (also wrong: {', '.join(others)})" if others else ""
+    return _problem(next(iter(problems.values()))) + also
+
+
+# --- HYPER's older dialect -----------------------------------------------------------------------
+
+
+def _moved(tree: dict[str, Any], old: str, new: str, value: object) -> None:
+    """Give a setting of the older dialect its present place."""
+    *sections, name = new.split(".")
+    for section in sections:
+        inner = tree.get(section) or {}
+        if not isinstance(inner, Mapping):
+            raise ValueError(f"{section} = {_shown(inner)}: {_NOT_A_SECTION}")
+        tree[section] = tree = dict(inner)
+    if name in tree and tree[name] != value:
+        raise ValueError(f"{old}: older name of {new}, which is given too; keep that one")
+    tree[name] = value
+
+
+def _taken(tree: dict[str, Any], section: str, name: str) -> Any:
+    """Take a key out of a section; None where it is not given."""
+    keys = tree.get(section)
+    if not isinstance(keys, Mapping) or name not in keys:
+        return None
+    tree[section] = {key: value for key, value in keys.items() if key != name}
+    return keys[name]
+
+
+def _with_common_folder(tree: dict[str, Any], folder: object) -> None:
+    """Translate paths.dir_comm: the maps' folder is inside it, and so are all results."""
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"paths.dir_comm = {_shown(folder)}: must be text")
+    maps = _taken(tree["paths"], "input", "dir_maps") or "."
+    _moved(tree, "paths.dir_comm", "paths.output.dir_root", str(folder))
+    _moved(tree, "paths.dir_comm", "paths.input.dir_maps", str(Path(folder) / str(maps)))
+
+
+def _truth(key: str, value: object) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{key} = {_shown(value)}: must be true or false") from None
+
+
+def _present_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate what HYPER's older files say differently; ValueError where it is contradictory."""
+    tree = dict(raw)
+    folder = _taken(tree, "paths", "dir_comm")
+    if folder is not None:
+        _with_common_folder(tree, folder)
+    for name in ("use_fixed_source_table", "fixed_source_table_path"):
+        value = _taken(tree, "control", name)
+        if value is not None:
+            _moved(tree, f"control.{name}", f"detection.{name}", value)
+    none = _taken(tree, "background", "no_background")
+    if none is not None and _truth("background.no_background", none):
+        off = {"fit_gauss_and_bg_separately": False, "fit_gauss_and_bg_together": False}
+        tree["background"] = tree["background"] | off
+    options = tree.get("fit_options")
+    if isinstance(options, Mapping) and options.get("fit_method") == "leastsq":
+        tree["fit_options"] = {**options, "fit_method": "least_squares"}
+    return tree
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML with plain values left as text (but null), which refuses duplicate keys."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                problem = f"duplicate key {key.value!r}, first given on line {lines[key.value]}"
+                raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+        return node
+
+    def construct_text(self, node: Any) -> Any:
+        return self.construct_scalar(node)
+
+
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag in ("bool", "int", "float", "binary", "timestamp"):
+    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _TextLoader.construct_text)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Where a YAML file is wrong and why, on one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ": not a YAML text file"
+    reason = ", ".join(part for part in (error.context, error.problem) if part)
+    hint = " (indent with spaces, not with tabs)" if "'\\t'" in reason else ""
+    return f", line {error.problem_mark.line + 1}: {reason}{hint}"
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a YAML text file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}{_yaml_problem(error)}") from None
+
+
+def config_from_dict(
+    options: Mapping[str, Any] | None,
+    source: str = "configuration",
+    base_dir: Path | None = None,
+) -> Config:
+    """Check nested options, of either dialect of HYPER's, and make them a `Config`.
+
+    Parameters
+    ----------
+    options
+        Sections of keys, as in the YAML file; what is absent takes its default.
+    source
+        What error messages name as the origin.
+    base_dir
+        Folder that relative paths are relative to; the current one if None.
+
+    Raises
+    ------
+    ConfigError
+        In one line: the source, the key's full path, what is wrong and what is allowed.
+    """
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{source}: must hold sections such as 'detection:', with keys in them")
+    try:
+        config = Config.model_validate(_present_dialect(options))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    config._source = source
+    config._base_dir = base_dir
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML configuration, of either dialect of HYPER's; an empty file holds the defaults.
+
+    Relative paths in it are relative to its folder; in the user's own configuration, which serves
+    all projects, to the current folder.
+
+    Raises
+    ------
+    MissingFileError
+        There is no such file.
+    ConfigError
+        In one line: the file, the line or the key's full path, what is wrong, what is allowed.
+    """
+    path = _home(path)
+    own = path.absolute() == _user_config()
+    raw = _read_yaml(path)
+    return config_from_dict(raw, str(path), None if own else path.absolute().parent)
+
+
+def _home(path: str | Path) -> Path:
+    """Put the user's home for a leading ``~``; an unknown user's is left as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def _user_config() -> Path:
+    return platformdirs.user_config_path("hyperjax") / CONFIG_NAME
+
+
+def find_config(argument: str | Path | None = None) -> Path | None:
+    """Find the configuration: the argument, else ./hyper_config.yaml, else the user's own.
+
+    The argument is returned whether the file exists or not; None where nothing is found.
+    """
+    if argument is not None:
+        return _home(argument)
+    candidates = (Path(CONFIG_NAME), _user_config())
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options with those of `top` in place of those of `base`."""
+    both = {
+        key: _merged(base[key], top[key])
+        for key in base.keys() & top.keys()
+        if isinstance(base[key], Mapping) and isinstance(top[key], Mapping)
+    }
+    return {**base, **top, **both}
+
+
+def with_overrides(
+    config: Config, overrides: Mapping[str, Any], source: str = "command line"
+) -> Config:
+    """Copy a configuration with some options replaced, all of it checked again.
+
+    Parameters
+    ----------
+    config
+        What to start from; its `base_dir` and `source` are kept.
+    overrides
+        New values by full path, such as ``{"detection.sigma_thres": 4.0}``. A relative path is
+        relative to `config.base_dir`: make one that a user typed absolute.
+    source
+        What error messages name as the origin of the overrides.
+
+    Raises
+    ------
+    ConfigError
+        As `config_from_dict`.
+    """
+    options: dict[str, Any] = config.model_dump(exclude_unset=True)
+    for key, value in overrides.items():
+        branch = functools.reduce(lambda inner, name: {name: inner}, key.split(".")[::-1], value)
+        options = _merged(options, branch)
+    changed = config_from_dict(options, source, config._base_dir)
+    changed._source = config.source
+    return changed
+
+
+# --- The maps ------------------------------------------------------------------------------------
+
+
+def _names_in(path: Path) -> list[str]:
+    """Names in a list of maps: one per line, without comments."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such list of maps") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ConfigError(f"{path}: the list of maps cannot be read: {reason}") from None
+    names = [re.split(r"(?:^|\s)#", line)[0].strip() for line in lines]
+    if not any(names):
+        raise ConfigError(f"{path}: the list of maps is empty")
+    return [name for name in names if name]
+
+
+def map_paths(config: Config) -> list[Path]:
+    """Find the maps that a configuration names, in its order, as absolute paths.
+
+    A name that ends in .txt stands for the names in that file. Whether the maps exist is not
+    checked.
+
+    Raises
+    ------
+    ConfigError
+        No map is named, or a list is empty or not text.
+    MissingFileError
+        A list of maps is not there.
+    """
+    names = config.files.file_map_name
+    if names is None:
+        raise ConfigError(
+            f"{config.source}: files.file_map_name: no map is named; set it, or give the maps on "
+            "the command line"
+        )
+    folder = config.resolve(config.paths.input.dir_maps)
+    found: list[Path] = []
+    for name in (names,) if isinstance(names, str) else names:
+        path = folder / _home(name)
+        inner = _names_in(path) if path.suffix.lower() == ".txt" else [name]
+        found += [folder / _home(each) for each in inner]
+    return found
+
+
+# --- The template --------------------------------------------------------------------------------
+
+_HEADING = """\
+The configuration of hyperjax: every key, with its default.
+
+Every key may be left out, and so may every section. The comments say what a key means, its
+unit in [brackets], its default and (what is allowed). Sections and keys are HYPER's, whose own
+files are read too; where a default differs from HYPER's, the comment says why.
+"""
+
+
+def _yaml_value(value: object) -> str:
+    """Write a value on one line of YAML."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=math.inf).split("\n")[0]
+
+
+def _comment(text: str, indent: int) -> list[str]:
+    prefix = " " * indent + "# "
+    return textwrap.wrap(
+        text,
+        98,
+        initial_indent=prefix,
+        subsequent_indent=prefix,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _key_lines(path: str, key: _Key, indent: int) -> list[str]:
+    """Lines of the template for one key: meaning, default and range, differences, the value."""
+    default = _yaml_value(key.default)
+    lines = _comment(str(key.field.description), indent)
+    lines += _comment(f"Default: {default} ({key.allowed})", indent)
+    if key.differs is not None:
+        hyper = _yaml_value(key.differs.hyper)
+        lines += _comment(f"HYPER: {hyper}. Why it differs: {key.differs.why}.", indent)
+    if path in _SWITCH:
+        lines += _comment(f"Not in this version yet: see {_SWITCH[path]}.", indent)
+    elif path in NOT_YET:
+        which = "Only some" if path in _PARTLY else "Not"
+        lines += _comment(f"{which} in this version yet: {NOT_YET[path]}.", indent)
+    return [*lines, f"{' ' * indent}{key.name}: {default}"]
+
+
+def _section_lines(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Lines of the template for the keys of a section, and the sections in it."""
+    indent = 2 * prefix.count(".")
+    for name, field in section.model_fields.items():
+        inner = _submodel(field)
+        if inner is None:
+            yield from _key_lines(prefix + name, _Key(section, name, field), indent)
+        else:
+            if not prefix:
+                yield ""
+            yield from _comment(str(inner.__doc__), indent)
+            yield f"{' ' * indent}{name}:"
+            yield from _section_lines(inner, f"{prefix}{name}.")
+
+
+def template() -> str:
+    """Write a commented YAML configuration with every key at its default.
+
+    Generated from the models; reading it gives ``Config()``.
+    """
+    heading = [f"# {line}".rstrip() for line in _HEADING.splitlines()]
+    return "\n".join([*heading, *_section_lines(Config)]) + "\n"

@@ -1,0 +1,493 @@
+"""Pictures of an extraction, and of how well a simulation was recovered.
+
+Figures are drawn on their own Agg canvas: nothing here opens a window, touches pyplot or needs a
+display, and several threads may draw at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import astropy.units as u
+import numpy as np
+from astropy.coordinates import SkyCoord
+from astropy.visualization.wcsaxes import WCSAxes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import AsinhNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
+
+from hyperjax.products import atomic_path, has_shape
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from astropy.table import QTable, Table
+    from astropy.units import Quantity
+    from astropy.wcs import WCS
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike, NDArray
+
+    from hyperjax.evaluate import Matches
+    from hyperjax.maps import Map
+    from hyperjax.pipeline import Extraction
+
+_MJY_PER_JY = 1e3
+_PANEL_INCHES = 4.4  # side of a square panel; others have the same area
+_PANEL_PIXELS = 1024  # larger images are averaged to about this many pixels a side
+_STACK_RATIO = 1.8  # panels of maps wider than this lie on top of each other
+_EQUAL_RATIO = 6.0  # the pixels of maps longer than this are not drawn square
+_LABEL_LIMIT = 150  # IDs are drawn up to this many sources
+_OUTLINE_POINTS = 48
+_PULL_RANGE = 5.0  # deviations beyond are counted in the outermost bins
+_TICK_INCHES = 0.9  # between the ticks of sky coordinates, about
+_TICK_DISTANCE = 0.06  # of the ticks of the colour bar, as a fraction of its length
+_DPI = 150
+
+_SKY_NAMES = {
+    "icrs": ("Right ascension", "Declination"),
+    "fk5": ("Right ascension (FK5)", "Declination (FK5)"),
+    "fk4": ("Right ascension (FK4)", "Declination (FK4)"),
+    "galactic": ("Galactic longitude", "Galactic latitude"),
+}
+
+# Okabe & Ito's colours, which people with any colour vision can tell apart
+_BLUE, _VERMILLION, _GREEN, _SKY_BLUE = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
+_POINTS: dict[str, Any] = {"fmt": "o", "ms": 3, "elinewidth": 0.5, "mew": 0, "alpha": 0.6}
+_PULL_BINS = 20
+_PULL_STYLE: dict[str, Any] = {
+    "range": (-_PULL_RANGE, _PULL_RANGE),
+    "density": True,
+    "histtype": "step",
+}
+_COLOUR_MAP = "inferno"
+_BLANK_COLOUR = "#909090"
+
+
+class _Images(NamedTuple):
+    """The images of the three panels, (ny, nx) mJy/beam above the level of the background."""
+
+    map: NDArray[np.float64]
+    model: NDArray[np.float64]
+    residual: NDArray[np.float64]
+    level: float
+    noise: float
+
+
+def overview(extraction: Extraction) -> Figure:
+    """Draw a map with its fitted sources, the model and the residual, on one stretch.
+
+    The sources are ellipses of their FWHM, drawn from the catalogue's sky positions and position
+    angles. The median background is taken off the map and the model so that they compare with the
+    residual; the stretch is linear over a few times the noise and logarithmic above. Maps of any
+    size are averaged to about 1000 pixels a side.
+
+    Parameters
+    ----------
+    extraction : Extraction
+        What `hyperjax.extract` returned.
+
+    Returns
+    -------
+    `~matplotlib.figure.Figure`
+        Save it with `save_figure`.
+    """
+    map, catalog = extraction.map, extraction.catalog
+    images = _panel_images(extraction)
+    norm = _stretch(images)
+    figure, panels, bar = _panel_grid(map)
+    titles = ("Map", "Model + background", "Residual")
+    for axes, image, title in zip(panels, images[:3], titles, strict=True):
+        _draw_image(axes, image, map.shape, norm)
+        axes.set_title(title, fontsize=10)
+    _draw_sources(panels[0], map.wcs, catalog)
+    _draw_beam(panels[0], map)
+    _draw_colour_bar(bar, norm)
+    _draw_title(figure, map, len(catalog), images)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; the file appears only when it is complete.
+
+    Parameters
+    ----------
+    figure : `~matplotlib.figure.Figure`
+        What to write.
+    path : Path
+        Where; its suffix sets the format (png, pdf, svg).
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI)
+
+
+def _panel_images(extraction: Extraction) -> _Images:
+    ny, nx = extraction.map.shape
+    block = -(-ny // _PANEL_PIXELS), -(-nx // _PANEL_PIXELS)
+    data = _MJY_PER_JY * block_mean(extraction.map.data, block)
+    residual = _MJY_PER_JY * block_mean(extraction.residual, block)
+    coarse = np.s_[:: block[0], :: block[1]]
+    level = _MJY_PER_JY * _median(extraction.background[coarse])
+    noise = _MJY_PER_JY * _median(extraction.rms[coarse])
+    # data - residual is the model with its background
+    return _Images(data - level, data - residual - level, residual, level, noise)
+
+
+def _median(values: NDArray[np.float64]) -> float:
+    """Median of the finite values, 0 if there is none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else 0.0
+
+
+def block_mean(image: NDArray[np.float64], block: tuple[int, int]) -> NDArray[np.float64]:
+    """Average an image over blocks of pixels.
+
+    Parameters
+    ----------
+    image : ndarray
+        (ny, nx), NaN where blank.
+    block : tuple of int
+        Rows and columns of a block.
+
+    Returns
+    -------
+    ndarray
+        (ny // rows, nx // columns): the mean of the finite pixels of each block, NaN where there
+        is none. Rows and columns of the image that fill no block are left out.
+    """
+    if block == (1, 1):
+        return image
+    rows, columns = block
+    ny, nx = image.shape[0] // rows, image.shape[1] // columns
+    strips = image[: ny * rows, : nx * columns].reshape(ny, rows, nx, columns)
+    return np.stack([_strip_mean(strip) for strip in strips])
+
+
+def _strip_mean(tiles: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average a row of blocks, (rows, nx, columns), to (nx,)."""
+    mean = tiles.mean(axis=0).mean(axis=1)
+    (holed,) = np.nonzero(np.isnan(mean))
+    seen = np.isfinite(tiles[:, holed]).sum(axis=(0, 2))
+    total = np.nansum(tiles[:, holed], axis=(0, 2))
+    mean[holed] = np.divide(total, seen, out=np.full(len(seen), np.nan), where=seen > 0)
+    return mean
+
+
+def _stretch(images: _Images) -> AsinhNorm:
+    """Return the shared stretch: linear to about three times the noise, logarithmic above."""
+    finite = images.map[np.isfinite(images.map)]
+    if not finite.size:
+        return AsinhNorm(vmin=-1.0, vmax=1.0)
+    noise = images.noise or float(np.std(finite)) or 1.0
+    low, high = np.percentile(finite, (0.5, 99.95))
+    return AsinhNorm(3 * noise, vmin=min(low, -3 * noise), vmax=max(high, 10 * noise))
+
+
+def _panel_grid(map: Map) -> tuple[Figure, list[WCSAxes], Axes]:
+    """Make a figure of three panels and a colour bar.
+
+    The panels have the map's proportions and lie side by side, or on top of each other for wide
+    maps. All lengths are inches.
+    """
+    ratio = map.shape[1] / map.shape[0]
+    shown = min(max(ratio, 1 / _EQUAL_RATIO), _EQUAL_RATIO)
+    width, height = _PANEL_INCHES * np.sqrt(shown), _PANEL_INCHES / np.sqrt(shown)
+    rows, columns = (3, 1) if ratio > _STACK_RATIO else (1, 3)
+    left, right, bottom, top, gap, title = 1.1, 0.9, 0.55, 0.6, 0.3, 0.25
+    inside_x = columns * (width + gap) - gap
+    inside_y = rows * (height + title) - title
+    figure = Figure((left + inside_x + right, bottom + inside_y + title + top))
+    FigureCanvasAgg(figure)
+
+    def place(x: float, y: float, w: float, h: float, **kwargs: Any) -> Axes:
+        size = figure.get_size_inches()
+        return figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1]), **kwargs)
+
+    panels = []
+    for row, column in np.ndindex(rows, columns):
+        x = left + column * (width + gap)
+        y = bottom + (rows - 1 - row) * (height + title)
+        axes = place(x, y, width, height, projection=map.wcs)
+        _label_sky(axes, map, bottom=row == rows - 1, left=column == 0)
+        panels.append(axes)
+    return figure, panels, place(left + inside_x + 0.12, bottom, 0.16, inside_y)
+
+
+def _label_sky(axes: WCSAxes, map: Map, *, bottom: bool, left: bool) -> None:
+    """Label the sky coordinates of a panel on the sides that are asked for."""
+    wcs = map.wcs.wcs
+    slope = map.wcs.pixel_scale_matrix[wcs.lng]
+    sides = "bl" if abs(slope[0]) >= abs(slope[1]) else "lb"
+    names = _SKY_NAMES.get(map.frame, ("Longitude", "Latitude"))
+    for index, name, side in zip((wcs.lng, wcs.lat), names, sides, strict=True):
+        labelled = bottom if side == "b" else left
+        coordinate = axes.coords[index]
+        length = (axes.bbox.width if side == "b" else axes.bbox.height) / axes.figure.dpi
+        coordinate.set_ticks(number=max(3, round(length / _TICK_INCHES)), color="white")
+        coordinate.tick_params(direction="in")
+        coordinate.set_ticks_position("bt" if side == "b" else "lr")
+        coordinate.set_ticklabel_position(side)
+        coordinate.set_axislabel_position(side)
+        coordinate.set_ticklabel(size=8, exclude_overlapping=True)
+        coordinate.set_ticklabel_visible(labelled)
+        coordinate.set_axislabel(name if labelled else " ", fontsize=9)
+
+
+def _draw_image(
+    axes: WCSAxes, image: NDArray[np.float64], shape: tuple[int, int], norm: AsinhNorm
+) -> None:
+    """Draw an image, averaged or not, over the pixels of a map of the given shape."""
+    rows, columns = shape[0] // image.shape[0], shape[1] // image.shape[1]
+    extent = (-0.5, columns * image.shape[1] - 0.5, -0.5, rows * image.shape[0] - 0.5)
+    axes.set_facecolor(_BLANK_COLOUR)
+    axes.imshow(image, origin="lower", extent=extent, norm=norm, cmap=_COLOUR_MAP, aspect="auto")
+    axes.set_xlim(-0.5, shape[1] - 0.5)
+    axes.set_ylim(-0.5, shape[0] - 0.5)
+
+
+def ellipse_outlines(
+    wcs: WCS, centre: SkyCoord, major: Quantity, minor: Quantity, angle: Quantity
+) -> NDArray[np.float64]:
+    """Project ellipses on the sky into a map.
+
+    Parameters
+    ----------
+    wcs : `~astropy.wcs.WCS`
+        The map's coordinates.
+    centre : `~astropy.coordinates.SkyCoord`
+        (n,) positions.
+    major, minor : Quantity
+        (n,) full axes.
+    angle : Quantity
+        (n,) position angles of the major axes, East of North in the frame of ``centre``.
+
+    Returns
+    -------
+    ndarray
+        (n, points, 2) 0-based pixel coordinates x, y along the ellipses, which are not closed.
+    """
+    phase = np.linspace(0, 2 * np.pi, _OUTLINE_POINTS, endpoint=False)
+    along, across = np.cos(phase) * major[:, None] / 2, np.sin(phase) * minor[:, None] / 2
+    points = centre[:, None].directional_offset_by(
+        angle[:, None] + np.arctan2(across, along), np.hypot(along, across)
+    )
+    return np.stack(wcs.world_to_pixel(points), axis=-1)
+
+
+def _draw_sources(axes: WCSAxes, wcs: WCS, catalog: QTable) -> None:
+    """Draw a catalogue: FWHM ellipses, crosses where there is no shape, IDs if not too many."""
+    sources = catalog[np.isfinite(catalog["RA"]) & np.isfinite(catalog["DEC"])]
+    if len(sources) == 0:
+        return
+    shaped = has_shape(sources)
+    shape = [np.where(shaped, sources[name], 0) for name in ("FWHM_1", "FWHM_2", "PA")]
+    centre = SkyCoord(sources["RA"], sources["DEC"], frame="icrs")
+    outlines = ellipse_outlines(wcs, centre, *shape)  # of no size where there is no shape
+    few = len(sources) <= _LABEL_LIMIT
+    width = 1.0 if few else 0.6
+    rim = withStroke(linewidth=width + 0.8, foreground="black", alpha=0.6)
+    style: dict[str, Any] = {"edgecolors": _SKY_BLUE, "linewidths": width, "path_effects": [rim]}
+    axes.add_collection(PolyCollection(list(outlines[shaped]), facecolors="none", **style))
+    axes.plot(*outlines[~shaped, 0].T, "+", color=_SKY_BLUE, ms=6 if few else 3)
+    if few:
+        _draw_labels(axes, outlines, sources["HYPER_ID"])
+
+
+def _draw_labels(axes: WCSAxes, outlines: NDArray[np.float64], labels: NDArray[Any]) -> None:
+    """Write a label beside each outline, on the side where its nearest neighbour is not."""
+    size = 8 if len(outlines) <= _LABEL_LIMIT // 3 else 6
+    centre = outlines.mean(axis=1)
+    offset = centre - centre[:, None]  # of the second axis's sources from those of the first
+    distance = np.hypot(*offset.T).T
+    np.fill_diagonal(distance, np.inf)
+    crowded_right = offset[np.arange(len(centre)), distance.argmin(axis=1), 0] > 0
+    beside_edge = centre[:, 0] > 0.95 * axes.get_xlim()[1]
+    for outline, label, left in zip(outlines, labels, crowded_right | beside_edge, strict=True):
+        x, y = outline.T
+        axes.annotate(
+            str(label),
+            (x.min() if left else x.max(), y.mean()),
+            xytext=(-1.5 if left else 1.5, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center_baseline",
+            color="white",
+            fontsize=size,
+            path_effects=[withStroke(linewidth=1.2, foreground="black")],
+            annotation_clip=True,
+        )
+
+
+def _draw_beam(axes: WCSAxes, map: Map) -> None:
+    """Draw the beam at the lower left, in the size and angle that it has at the map's centre."""
+    ny, nx = map.shape
+    beam = map.beam
+    centre = map.wcs.pixel_to_world([(nx - 1) / 2], [(ny - 1) / 2])
+    sizes = ([beam.major_arcsec] * u.arcsec, [beam.minor_arcsec] * u.arcsec)
+    (outline,) = ellipse_outlines(map.wcs, centre, *sizes, [beam.pa_deg] * u.deg)
+    pixels_per_inch = np.array([nx, ny]) * axes.figure.dpi / axes.bbox.size
+    box = np.maximum(1.4 * np.ptp(outline, axis=0), 0.2 * pixels_per_inch)
+    axes.add_patch(Rectangle((-0.5, -0.5), *box, facecolor="white", edgecolor="black", lw=0.8))
+    axes.add_patch(Polygon(outline - outline.mean(axis=0) + box / 2 - 0.5, facecolor="black"))
+
+
+def _draw_colour_bar(axes: Axes, norm: AsinhNorm) -> None:
+    bar = axes.figure.colorbar(ScalarMappable(norm, _COLOUR_MAP), cax=axes, extend="both")
+    ticks = _colour_ticks(norm)
+    bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "−") for tick in ticks])
+    bar.minorticks_off()
+    bar.set_label("mJy/beam", fontsize=9)
+    axes.tick_params(labelsize=8)
+
+
+def _colour_ticks(norm: AsinhNorm) -> list[float]:
+    """Choose round values that are well apart on a stretch: 0, powers of ten, then 2 and 5."""
+    low, high = np.asarray(norm.inverse([0.0, 1.0]), float)
+    span = max(-low, high)
+    powers = 10.0 ** np.arange(np.floor(np.log10(span)), np.floor(np.log10(span)) - 6, -1)
+    ladder = [0.0, *(sign * step * p for step in (1, 5, 2) for p in powers for sign in (1, -1))]
+    ticks: list[float] = []
+    for value in ladder:
+        inside = low <= value <= high
+        if inside and all(abs(norm(value) - norm(tick)) > _TICK_DISTANCE for tick in ticks):
+            ticks.append(value)
+    return sorted(ticks)
+
+
+def _draw_title(figure: Figure, map: Map, sources: int, images: _Images) -> None:
+    beam = map.beam
+    facts = [
+        f"{sources} source{'s' * (sources != 1)}",
+        f"rms {images.noise:.3g} mJy/beam",
+        f"beam {beam.major_arcsec:.3g}″ × {beam.minor_arcsec:.3g}″",
+    ]
+    if abs(images.level) > 0.1 * images.noise:
+        facts.append(f"background level {images.level:.3g} mJy/beam subtracted")
+    height = figure.get_figheight()
+    size = min(12.0, 120 * figure.get_figwidth() / max(len(map.name), 1))  # a long name shrinks
+    figure.text(
+        0.5, 1 - 0.22 / height, map.name, ha="center", weight="bold", size=size, parse_math=False
+    )
+    figure.text(0.5, 1 - 0.43 / height, "  ·  ".join(facts), ha="center", size=9)
+
+
+def comparison(catalog: QTable, truth: Table, matches: Matches) -> Figure:
+    """Compare a catalogue with the truth of a simulation.
+
+    Parameters
+    ----------
+    catalog : `~astropy.table.QTable`
+        What was found: FLUX_TOTAL, FLUX_TOTAL_ERR, RA, DEC, RA_ERR, DEC_ERR, SNR.
+    truth : `~astropy.table.Table`
+        What was put in: FLUX_TOTAL, RA, DEC (mJy and degrees where it has no units).
+    matches : Matches
+        The rows that belong together, from `hyperjax.evaluate.matches`.
+
+    Returns
+    -------
+    `~matplotlib.figure.Figure`
+        Three panels: flux density over its true value against signal to noise, offsets in
+        position, and the distribution of the deviations in units of their errors.
+    """
+    found = catalog[matches.catalog]
+    deviations = _deviations(found, truth[matches.truth])
+    figure = Figure((13.5, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    _draw_flux_ratios(left, found["SNR"], deviations)
+    _draw_offsets(middle, deviations)
+    _draw_pulls(right, deviations)
+    figure.suptitle(
+        f"{len(found)} of {len(truth)} sources recovered, {len(catalog) - len(found)} false",
+        fontsize=11,
+    )
+    return figure
+
+
+class _Deviations(NamedTuple):
+    """What was measured less the truth, and its errors; (n,) each."""
+
+    flux: NDArray[np.float64]  # fraction of the true flux density
+    flux_err: NDArray[np.float64]
+    east: NDArray[np.float64]  # arcsec on the sky
+    east_err: NDArray[np.float64]
+    north: NDArray[np.float64]
+    north_err: NDArray[np.float64]
+
+
+def _deviations(found: QTable, true: Table) -> _Deviations:
+    """Compare rows that belong together."""
+    true_flux = u.Quantity(true["FLUX_TOTAL"], u.mJy)
+    east, north = SkyCoord(
+        u.Quantity(true["RA"], u.deg), u.Quantity(true["DEC"], u.deg)
+    ).spherical_offsets_to(SkyCoord(found["RA"], found["DEC"]))
+    return _Deviations(
+        (found["FLUX_TOTAL"] / true_flux).to_value(u.one) - 1,
+        (found["FLUX_TOTAL_ERR"] / true_flux).to_value(u.one),
+        east.arcsec,
+        found["RA_ERR"].to_value(u.arcsec),
+        north.arcsec,
+        found["DEC_ERR"].to_value(u.arcsec),
+    )
+
+
+def _draw_flux_ratios(axes: Axes, snr: ArrayLike, deviations: _Deviations) -> None:
+    """Draw flux densities over their true values against signal to noise."""
+    ratio = 1 + deviations.flux
+    axes.axhline(1, color="black", lw=1)
+    axes.errorbar(snr, ratio, deviations.flux_err, color=_BLUE, **_POINTS)
+    if len(ratio):
+        median = float(np.nanmedian(ratio))
+        axes.axhline(median, color=_VERMILLION, ls="--", lw=1.5, label=f"median {median:.3f}")
+        axes.legend(frameon=False, fontsize=9)
+    axes.set(xscale="log", xlabel="Signal-to-noise ratio", ylabel="Flux density / true")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_offsets(axes: Axes, deviations: _Deviations) -> None:
+    """Draw measured less true positions, East to the left."""
+    east, north = deviations.east, deviations.north
+    axes.axhline(0, color="black", lw=0.8)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.errorbar(east, north, deviations.north_err, deviations.east_err, color=_BLUE, **_POINTS)
+    if len(east):
+        radius = float(np.nanmedian(np.hypot(east, north)))
+        phase = np.linspace(0, 2 * np.pi, 101)
+        label = f"median offset {radius:.3g}″"
+        circle = radius * np.cos(phase), radius * np.sin(phase)
+        axes.plot(*circle, color=_VERMILLION, ls="--", lw=1.5, zorder=3, label=label)
+        axes.legend(frameon=False, fontsize=9)
+    axes.set(xlabel="ΔRA cos δ (arcsec)", ylabel="ΔDec (arcsec)")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.invert_xaxis()
+
+
+def _draw_pulls(axes: Axes, deviations: _Deviations) -> None:
+    """Draw the distributions of deviations over their errors, and the one they should have."""
+    pulls = {
+        "flux density": (deviations.flux / deviations.flux_err, _BLUE),
+        "RA": (deviations.east / deviations.east_err, _VERMILLION),
+        "Dec": (deviations.north / deviations.north_err, _GREEN),
+    }
+    for name, (pull, colour) in pulls.items():
+        finite = pull[np.isfinite(pull)]
+        if len(finite):
+            label = f"{name}: {finite.mean():+.2f} ± {finite.std():.2f}".replace("-", "−")
+            shown = np.clip(finite, -_PULL_RANGE, _PULL_RANGE)
+            axes.hist(shown, _PULL_BINS, color=colour, lw=1.4, label=label, **_PULL_STYLE)
+    grid = np.linspace(-_PULL_RANGE, _PULL_RANGE, 201)
+    gaussian = np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi)
+    axes.plot(grid, gaussian, color="black", ls="--", lw=1.2, label="unit Gaussian")
+    axes.set(xlabel="(measured − true) / error", ylabel="Probability density")
+    axes.set_ylim(0, 1.45 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, fontsize=9, loc="upper left")

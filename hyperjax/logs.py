@@ -1,0 +1,87 @@
+"""Where log records go: the terminal, one plain file per map, or another process.
+
+The library only makes records; these handlers are set by the command line and by the survey.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from logging.handlers import QueueHandler
+from pathlib import Path
+from queue import SimpleQueue
+
+from hyperjax.errors import OutputError
+
+LIBRARY = ("hyperjax", "py.warnings")
+"""Loggers of the library, and of Python's warnings where they are captured."""
+
+_FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _ListHandler(QueueHandler):
+    """Keeps records in a list, in the form that can be sent to another process."""
+
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__(SimpleQueue())
+        self._records = records
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+
+
+@contextmanager
+def attached(
+    handler: logging.Handler, level: int, names: Iterable[str] = LIBRARY
+) -> Iterator[None]:
+    """Send the records of the named loggers to a handler, which is closed at the end."""
+    handler.setLevel(level)
+    loggers = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(level, logger.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        for logger, level_before in loggers.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level_before)
+        handler.close()
+
+
+@contextmanager
+def log_file(
+    path: Path, level: int = logging.INFO, names: Iterable[str] = LIBRARY
+) -> Iterator[None]:
+    """Write records to a new plain file; each line is flushed as it is made.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: the log cannot be written ({error.strerror}); choose another output folder"
+        ) from error
+    handler.setFormatter(logging.Formatter(_FILE_FORMAT))
+    with attached(handler, level, names):
+        yield
+
+
+@contextmanager
+def collected(level: int) -> Iterator[list[logging.LogRecord]]:
+    """Collect the library's records in a list, for `replay` in another process."""
+    records: list[logging.LogRecord] = []
+    with attached(_ListHandler(records), level):
+        yield records
+
+
+def replay(records: Iterable[logging.LogRecord]) -> None:
+    """Handle here the records that another process made."""
+    for record in records:
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)

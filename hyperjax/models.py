@@ -1,0 +1,537 @@
+"""What a group of sources looks like on its pixels, and the normal equations of fitting it.
+
+A *model* turns the parameters of one group (its sources and a polynomial background) into the
+cost, gradient and Gauss-Newton matrix that the solver needs (`Normal`). There are two:
+
+`GaussianGroup`
+    Elliptical Gaussians. Every column of the Jacobian is a Gaussian times a quadratic in (x, y)
+    or a monomial of the background, so J^T W J and J^T W r are small linear maps of pixel moments
+    sum(w g_k g_l x^a y^b). The Jacobian is never formed.
+`ProfileGroup`
+    Any differentiable profile, with a forward-mode Jacobian.
+
+Both work on one group; the solver maps them over many. Coordinates are those of the scaled cutout
+(`Grid`): the centre of the cutout is 0 and its longer half-side is 1.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+LOSSES = ("linear", "soft_l1", "huber", "cauchy")
+SHAPE = 6
+"""Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
+
+_LOWER_FLOOR = 1e-3  # of the loss weight, where a robust loss is concave
+
+
+def monomials(degree: int) -> list[tuple[int, int]]:
+    """Powers (a, b) of x^a y^b with a + b <= degree, by total degree; none for degree -1."""
+    return [(total - b, b) for total in range(degree + 1) for b in range(total + 1)]
+
+
+class Grid(eqx.Module):
+    """The pixel centres of a cutout of `shape` (ny, nx), scaled to [-1, 1] on its longer side."""
+
+    shape: tuple[int, int] = eqx.field(static=True)
+
+    @property
+    def half(self) -> float:
+        """Half of the longer side, in pixels: one unit of the scaled coordinates."""
+        return max(self.shape) / 2
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Pixel coordinates (x, y) of the scaled origin; the first pixel's centre is (0, 0)."""
+        ny, nx = self.shape
+        return (nx - 1) / 2, (ny - 1) / 2
+
+    @property
+    def axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scaled coordinates of the columns (nx,) and of the rows (ny,)."""
+        ny, nx = self.shape
+        x0, y0 = self.centre
+        return (np.arange(nx) - x0) / self.half, (np.arange(ny) - y0) / self.half
+
+    def pixels(self, dtype: jnp.dtype) -> tuple[Float[Array, " pixel"], Float[Array, " pixel"]]:
+        """Scaled (x, y) of every pixel, rows first."""
+        x, y = self.axes
+        return jnp.asarray(np.tile(x, len(y)), dtype), jnp.asarray(np.repeat(y, len(x)), dtype)
+
+    def vandermonde(self, degree: int, dtype: jnp.dtype) -> Float[Array, "pixel monomial"]:
+        """The `monomials` of the degree at every pixel."""
+        x, y = self.axes
+        columns = [np.outer(y**b, x**a).ravel() for a, b in monomials(degree)]
+        return jnp.asarray(
+            np.stack(columns, 1) if columns else np.zeros((x.size * y.size, 0)), dtype
+        )
+
+
+class Problem(NamedTuple):
+    """One least-squares problem: a group's pixels, its bounds and its start.
+
+    With P parameters: `data` and `weight` (the square root of the inverse variance, 0 where
+    masked) are (pixel,); `start`, `lower`, `upper`, `ridge` (the L2 penalty adds
+    ridge/2 * parameter^2 to the cost) and the mask `free` are (P,). `weight_moments` belongs to the
+    model (`Model.prepare`).
+    """
+
+    data: Float[Array, " pixel"]
+    weight: Float[Array, " pixel"]
+    start: Float[Array, " P"]
+    lower: Float[Array, " P"]
+    upper: Float[Array, " P"]
+    free: Bool[Array, " P"]
+    ridge: Float[Array, " P"]
+    f_scale: Float[Array, ""]
+    weight_moments: Float[Array, " moment"]
+
+
+class Normal(NamedTuple):
+    """Cost (half the weighted sum of squares), its gradient and its Gauss-Newton matrix."""
+
+    cost: Float[Array, ""]
+    gradient: Float[Array, " P"]
+    matrix: Float[Array, "P P"]
+
+
+class Chart(NamedTuple):
+    """Local coordinates round a point, in which the bounds are a box.
+
+    A local step d moves the parameters by `basis` @ d to first order; `value` lies within
+    `lower` and `upper`; `frozen` coordinates must not move now.
+    """
+
+    basis: Float[Array, "P P"]
+    value: Float[Array, " P"]
+    lower: Float[Array, " P"]
+    upper: Float[Array, " P"]
+    frozen: Bool[Array, " P"]
+
+
+def robust(
+    loss: str, z: Float[Array, "*any"]
+) -> tuple[Float[Array, "*any"], Float[Array, "*any"], Float[Array, "*any"]]:
+    """The loss rho(z) of z = (residual / f_scale)^2, its weight rho' and curvature rho' + 2 z rho''.
+
+    The losses are those of `scipy.optimize.least_squares` (Triggs et al. 2000, for the curvature,
+    kept positive).
+    """
+    if loss == "linear":
+        return z, jnp.ones_like(z), jnp.ones_like(z)
+    if loss == "soft_l1":
+        root = jnp.sqrt(1 + z)
+        return 2 * (root - 1), 1 / root, 1 / root**3
+    if loss == "huber":
+        root = jnp.sqrt(jnp.maximum(z, 1))
+        inside = z <= 1
+        weight = 1 / root
+        return (
+            jnp.where(inside, z, 2 * root - 1),
+            weight,
+            jnp.where(inside, 1, _LOWER_FLOOR * weight),
+        )
+    if loss == "cauchy":
+        weight = 1 / (1 + z)
+        return jnp.log1p(z), weight, jnp.maximum((1 - z) * weight**2, _LOWER_FLOOR * weight)
+    raise ValueError(f"loss: {loss!r} is not one of {', '.join(LOSSES)}")
+
+
+class Model(eqx.Module):
+    """A group of `slots` sources on a `grid`, over a polynomial of `order` (-1: none)."""
+
+    grid: eqx.AbstractVar[Grid]
+    slots: eqx.AbstractVar[int]
+    order: eqx.AbstractVar[int]
+    loss: eqx.AbstractVar[str]
+
+    @property
+    @abc.abstractmethod
+    def per_source(self) -> int:
+        """Parameters of one source."""
+
+    @property
+    def size(self) -> int:
+        """All parameters of the group: those of its sources, then the polynomial's."""
+        return self.slots * self.per_source + len(monomials(self.order))
+
+    @abc.abstractmethod
+    def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
+        """The model on the pixels."""
+
+    @abc.abstractmethod
+    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
+        """Cost, gradient and Gauss-Newton matrix at `params`."""
+
+    def prepare(self, problem: Problem) -> Problem:
+        """Fill in what the model computes once per problem."""
+        return problem
+
+    def chart(
+        self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
+    ) -> Chart:
+        """Local coordinates at `params`: the parameters themselves."""
+        frozen = jnp.zeros_like(problem.free)
+        eye = jnp.eye(self.size, dtype=params.dtype)
+        return Chart(eye, params, problem.lower, problem.upper, frozen)
+
+    def retract(
+        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
+    ) -> Float[Array, " P"]:
+        """The feasible point that the local `step` leads to."""
+        return jnp.clip(params + step, problem.lower, problem.upper)
+
+    def background(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
+        """The polynomial alone on the pixels."""
+        coefficients = params[self.slots * self.per_source :]
+        return self.grid.vandermonde(self.order, params.dtype) @ coefficients
+
+    def _sources(self, params: Float[Array, " P"]) -> Float[Array, "slot k"]:
+        count = self.slots * self.per_source
+        return params[:count].reshape(self.slots, self.per_source)
+
+
+def _weighted(
+    loss: str, residual: Float[Array, " pixel"], problem: Problem
+) -> tuple[Float[Array, ""], Float[Array, " pixel"], Float[Array, " pixel"]]:
+    """Cost of the residuals (noise units), and the factors of gradient and matrix per pixel."""
+    rho, weight, curvature = robust(loss, (residual / problem.f_scale) ** 2)
+    return 0.5 * problem.f_scale**2 * jnp.sum(rho), weight, curvature
+
+
+def _add_ridge(normal: Normal, params: Float[Array, " P"], problem: Problem) -> Normal:
+    """Add the L2 penalty."""
+    return Normal(
+        normal.cost + 0.5 * jnp.sum(problem.ridge * params**2),
+        normal.gradient + problem.ridge * params,
+        normal.matrix + jnp.diag(problem.ridge),
+    )
+
+
+class ProfileGroup(Model):
+    """Sources of any differentiable `profile(x, y, parameters) -> brightness`.
+
+    `profile` is called with arrays x, y of scaled pixel coordinates (`Grid`) and the
+    parameters (k,) of one source. All bounds are boxes on the parameters themselves.
+    """
+
+    grid: Grid
+    profile: Callable[[Array, Array, Array], Array] = eqx.field(static=True)
+    profile_size: int = eqx.field(static=True)
+    slots: int = eqx.field(static=True)
+    order: int = eqx.field(static=True)
+    loss: str = eqx.field(static=True, default="linear")
+
+    @property
+    def per_source(self) -> int:
+        """Parameters of one source."""
+        return self.profile_size
+
+    def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
+        """The model on the pixels."""
+        x, y = self.grid.pixels(params.dtype)
+        sources = jax.vmap(lambda source: self.profile(x, y, source))(self._sources(params))
+        return jnp.sum(sources, 0) + self.background(params)
+
+    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
+        """Cost, gradient and Gauss-Newton matrix, from a forward-mode Jacobian."""
+        image = self.image(params)
+        jacobian = problem.weight[:, None] * jax.jacfwd(self.image)(params)
+        residual = problem.weight * (problem.data - image)
+        cost, weight, curvature = _weighted(self.loss, residual, problem)
+        gradient = -jacobian.T @ (weight * residual)
+        matrix = jacobian.T @ (curvature[:, None] * jacobian)
+        return _add_ridge(Normal(cost, gradient, matrix), params, problem)
+
+
+def precision(shape: Float[Array, " 3"]) -> Float[Array, " 3"]:
+    """The inverse covariance (xx, xy, yy) of a Gaussian of `shape` (log size, e1, e2).
+
+    With size^2 = sigma_major sigma_minor and (e1, e2) = log(sigma_major / sigma_minor)
+    (cos 2 theta, sin 2 theta), the inverse covariance is exp(-2 log size) [cosh(e) I - sinh(e)/e
+    (e1, e2; e2, -e1)]: smooth where the source is circular and theta has no meaning.
+    """
+    log_size, e1, e2 = shape
+    square = e1**2 + e2**2
+    tiny = square < 1e-12
+    e = jnp.sqrt(jnp.where(tiny, 1.0, square))
+    cosh = jnp.where(tiny, 1 + square / 2, jnp.cosh(e))
+    sinhc = jnp.where(tiny, 1 + square / 6, jnp.sinh(e) / e)
+    scale = jnp.exp(-2 * log_size)
+    return scale * jnp.stack([cosh - sinhc * e1, -sinhc * e2, cosh + sinhc * e1])
+
+
+def gaussian(
+    x: Float[Array, "*pixel"], y: Float[Array, "*pixel"], source: Float[Array, " 6"]
+) -> Float[Array, "*pixel"]:
+    """Brightness of an elliptical Gaussian (peak, x, y, log size, e1, e2)."""
+    xx, xy, yy = precision(source[3:])
+    dx, dy = x - source[1], y - source[2]
+    return source[0] * jnp.exp(-0.5 * (xx * dx**2 + 2 * xy * dx * dy + yy * dy**2))
+
+
+def moffat(
+    x: Float[Array, "*pixel"], y: Float[Array, "*pixel"], source: Float[Array, " 7"]
+) -> Float[Array, "*pixel"]:
+    """Brightness of an elliptical Moffat (peak, x, y, log core size, e1, e2, log beta).
+
+    peak * (1 + q)^-beta, q the squared elliptical radius in units of the core size
+    (Moffat 1969, A&A 3, 455).
+    """
+    xx, xy, yy = precision(source[3:6])
+    dx, dy = x - source[1], y - source[2]
+    q = xx * dx**2 + 2 * xy * dx * dy + yy * dy**2
+    return source[0] * jnp.exp(-jnp.exp(source[6]) * jnp.log1p(q))
+
+
+class GaussianGroup(Model):
+    """Elliptical Gaussians over a polynomial, fitted through pixel moments.
+
+    Each source has six parameters (`gaussian`). Bounds are on peak, x, y and on the logarithm of
+    both sigmas (in the place of log size); those in the places of the ellipticities are not read.
+    """
+
+    grid: Grid
+    slots: int = eqx.field(static=True)
+    order: int = eqx.field(static=True)
+    loss: str = eqx.field(static=True, default="linear")
+
+    @property
+    def per_source(self) -> int:
+        """Parameters of one source."""
+        return SHAPE
+
+    @property
+    def degree(self) -> int:
+        """Highest degree of the moments: of two quadratics, or of products with the polynomial."""
+        return max(4, 2 + self.order, 2 * self.order)
+
+    def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
+        """The model on the pixels."""
+        sources = self._sources(params)
+        return sources[:, 0] @ self._unit_gaussians(sources) + self.background(params)
+
+    def prepare(self, problem: Problem) -> Problem:
+        """Fill in the moments of the weights alone."""
+        return problem._replace(weight_moments=self._moments(problem.weight[None] ** 2)[0])
+
+    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
+        """Cost, gradient and Gauss-Newton matrix, from pixel moments.
+
+        With p_k = w g_k (w the root of the inverse variance) and r the weighted residual, the
+        moments of p_k p_l, p_k w, w^2 give the matrix, those of p_k r and w r the gradient: a
+        Gaussian's column of the Jacobian is p_k times the quadratic whose coefficients are
+        row i of `_quadratics`, a background column is w times a monomial.
+        """
+        sources = self._sources(params)
+        unit = lax.optimization_barrier(self._unit_gaussians(sources))  # or exp is done again
+        model = jnp.sum(sources[:, :1] * unit, 0) + self.background(params)
+        weighted = problem.weight * unit
+        residual = problem.weight * (problem.data - model)
+        cost, factor, curvature = _weighted(self.loss, residual, problem)
+        pulled = residual if self.loss == "linear" else factor * residual
+        bent = weighted if self.loss == "linear" else curvature * weighted
+
+        first, second = np.triu_indices(self.slots)
+        rows = [
+            bent[first] * weighted[second],
+            bent * problem.weight,
+            weighted * pulled,
+            (pulled * problem.weight)[None],
+        ]
+        if self.loss != "linear":
+            rows.append((curvature * problem.weight**2)[None])
+        moments = self._moments(lax.optimization_barrier(jnp.concatenate(rows)))
+        ends = np.cumsum([len(first), self.slots, self.slots, 1])
+        pairs, singles, pulls, pull, *plain = jnp.split(moments, ends[: len(rows) - 1])
+        weights = plain[0][0] if plain else problem.weight_moments
+
+        quadratics = self._quadratics(sources)
+        matrix = self._matrix(quadratics, pairs[self._pair_index], singles, weights)
+        gradient = jnp.concatenate(
+            [
+                -jnp.einsum("kim,km->ki", quadratics, pulls[:, : len(monomials(2))]).ravel(),
+                -pull[0, : len(monomials(self.order))],
+            ]
+        )
+        return _add_ridge(Normal(cost, gradient, matrix), params, problem)
+
+    def chart(
+        self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
+    ) -> Chart:
+        """Local coordinates at `params`: (log size, e1, e2) become (log major, log minor, turn).
+
+        In them the bounds on the sigmas are a box. The turn moves (e1, e2) at right angles to
+        itself; where the source is circular its axes are those of the downhill direction, and
+        the turn is frozen if the circle is on a bound (any turn would leave it).
+        """
+        sources, slopes = self._sources(params), self._sources(gradient)
+        blocks, shape, frozen = jax.vmap(self._shape_chart)(
+            sources, slopes, self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
+        )
+        value = self._with_shapes(params, shape)
+        open_end = jnp.full_like(shape[:, 2], jnp.inf)
+        lower, upper = (
+            self._with_shapes(
+                bound,
+                jnp.stack([self._sources(bound)[:, 3], self._sources(bound)[:, 3], end], 1),
+            )
+            for bound, end in ((problem.lower, -open_end), (problem.upper, open_end))
+        )
+        basis = jnp.eye(self.size, dtype=params.dtype)
+        for k in range(self.slots):
+            at = slice(SHAPE * k + 3, SHAPE * k + 6)
+            basis = basis.at[at, at].set(blocks[k])
+        turns = jnp.zeros(self.size, bool).at[5 : self.slots * SHAPE : SHAPE].set(frozen)
+        return Chart(basis, value, lower, upper, turns)
+
+    def retract(
+        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
+    ) -> Float[Array, " P"]:
+        """The feasible point that the local `step` leads to: each sigma is clipped to its bounds."""
+        moved = params + chart.basis @ step
+        shapes = jax.vmap(self._clip_shape)(
+            self._sources(moved)[:, 3:],
+            self._sources(problem.lower)[:, 3],
+            self._sources(problem.upper)[:, 3],
+        )
+        boxed = jnp.clip(moved, problem.lower, problem.upper)
+        return self._with_shapes(boxed, shapes)
+
+    def _with_shapes(
+        self, params: Float[Array, " P"], shapes: Float[Array, "slot 3"]
+    ) -> Float[Array, " P"]:
+        sources = jnp.concatenate([self._sources(params)[:, :3], shapes], 1).ravel()
+        return jnp.concatenate([sources, params[self.slots * SHAPE :]])
+
+    @staticmethod
+    def _shape_chart(
+        source: Float[Array, " 6"],
+        slope: Float[Array, " 6"],
+        lower: Float[Array, ""],
+        upper: Float[Array, ""],
+    ) -> tuple[Float[Array, "3 3"], Float[Array, " 3"], Bool[Array, ""]]:
+        """d(log size, e1, e2)/d(log major, log minor, turn), those coordinates, and frozen turn."""
+        ellipticity = source[4:]
+        e = jnp.sqrt(jnp.sum(ellipticity**2))
+        circular = e < 1e-9
+        axis = jnp.where(circular, -slope[4:], ellipticity)
+        length = jnp.sqrt(jnp.sum(axis**2))
+        axis = jnp.where(length > 0, axis / jnp.where(length > 0, length, 1), jnp.array([1.0, 0.0]))
+        major, minor = source[3] + e / 2, source[3] - e / 2
+        cos, sin = axis.astype(source.dtype)
+        block = jnp.stack(
+            [
+                jnp.stack(
+                    [0.5 * jnp.ones_like(cos), 0.5 * jnp.ones_like(cos), jnp.zeros_like(cos)]
+                ),
+                jnp.stack([cos, -cos, -sin]),
+                jnp.stack([sin, -sin, cos]),
+            ]
+        )
+        on_bound = (minor <= lower) | (major >= upper)
+        return block, jnp.stack([major, minor, jnp.zeros_like(major)]), circular & on_bound
+
+    @staticmethod
+    def _clip_shape(
+        shape: Float[Array, " 3"], lower: Float[Array, ""], upper: Float[Array, ""]
+    ) -> Float[Array, " 3"]:
+        """The nearest shape of the same orientation with both sigmas within bounds."""
+        square = shape[1] ** 2 + shape[2] ** 2
+        e = jnp.sqrt(square)
+        major = jnp.clip(shape[0] + e / 2, lower, upper)
+        minor = jnp.clip(shape[0] - e / 2, lower, upper)
+        shrink = jnp.where(square > 0, (major - minor) / jnp.where(square > 0, e, 1), 1)
+        return jnp.stack([(major + minor) / 2, shape[1] * shrink, shape[2] * shrink])
+
+    def _unit_gaussians(self, sources: Float[Array, "slot 6"]) -> Float[Array, "slot pixel"]:
+        """Each source's profile at unit peak."""
+        x, y = self.grid.pixels(sources.dtype)
+        return jax.vmap(lambda source: gaussian(x, y, source))(sources.at[:, 0].set(1))
+
+    def _moments(self, rows: Float[Array, "row pixel"]) -> Float[Array, "row moment"]:
+        """sum over pixels of row * x^a y^b for all a + b <= degree: first along x, then along y."""
+        ny, nx = self.grid.shape
+        along_x, along_y = self._moment_matrices
+        partial = rows.reshape(-1, nx) @ jnp.asarray(along_x, rows.dtype)
+        return partial.reshape(len(rows), -1) @ jnp.asarray(along_y, rows.dtype)
+
+    @property
+    def _moment_matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """The powers of x (nx, width), and those of y spread over (ny * width, moment)."""
+        x, y = self.grid.axes
+        width = -(-(self.degree + 1) // 8) * 8  # whole vector registers
+        along_x = np.zeros((len(x), width))
+        along_x[:, : self.degree + 1] = x[:, None] ** np.arange(self.degree + 1)
+        powers = monomials(self.degree)
+        along_y = np.zeros((len(y), width, len(powers)))
+        for moment, (a, b) in enumerate(powers):
+            along_y[:, a, moment] = y**b
+        return along_x, along_y.reshape(len(y) * width, len(powers))
+
+    @property
+    def _pair_index(self) -> np.ndarray:
+        """Row of the moments of the product of sources k and l (slot, slot)."""
+        first, second = np.triu_indices(self.slots)
+        index = np.zeros((self.slots, self.slots), int)
+        index[first, second] = index[second, first] = np.arange(len(first))
+        return index
+
+    def _products(self, left: int, right: int) -> np.ndarray:
+        """Which moment is the product of monomials m and n, of degrees `left` and `right`."""
+        where = {power: i for i, power in enumerate(monomials(self.degree))}
+        return np.array(
+            [[where[a + c, b + d] for c, d in monomials(right)] for a, b in monomials(left)], int
+        )
+
+    def _matrix(
+        self,
+        quadratics: Float[Array, "slot 6 6"],
+        pairs: Float[Array, "slot slot moment"],
+        singles: Float[Array, "slot moment"],
+        weights: Float[Array, " moment"],
+    ) -> Float[Array, "P P"]:
+        """J^T W J from the moments."""
+        count = self.slots * SHAPE
+        own = jnp.einsum(
+            "kim,klmn,ljn->kilj", quadratics, pairs[:, :, self._products(2, 2)], quadratics
+        ).reshape(count, count)
+        if self.order < 0:
+            return own
+        mixed = jnp.einsum("kim,kmn->kin", quadratics, singles[:, self._products(2, self.order)])
+        mixed = mixed.reshape(count, -1)
+        smooth = weights[self._products(self.order, self.order)]
+        return jnp.block([[own, mixed], [mixed.T, smooth]])
+
+    @staticmethod
+    def _quadratics(sources: Float[Array, "slot 6"]) -> Float[Array, "slot 6 6"]:
+        """Coefficients, over the monomials 1, x, y, xx, xy, yy, of each source's Jacobian columns.
+
+        d(peak g)/d(peak) = g; d/dx0 = peak g (Axx dx + Axy dy), d/dy0 likewise; and for a shape
+        parameter s, d/ds = -1/2 peak g (A'xx dx^2 + 2 A'xy dx dy + A'yy dy^2), with A the inverse
+        covariance, A' its derivative and dx = x - x0.
+        """
+        return jax.vmap(_source_quadratics)(sources)
+
+
+def _source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
+    peak, x0, y0 = source[:3]
+    xx, xy, yy = precision(source[3:])
+    zero, one = jnp.zeros_like(peak), jnp.ones_like(peak)
+    rows = [
+        jnp.stack([one, zero, zero, zero, zero, zero]),
+        peak * jnp.stack([-xx * x0 - xy * y0, xx, xy, zero, zero, zero]),
+        peak * jnp.stack([-xy * x0 - yy * y0, xy, yy, zero, zero, zero]),
+    ]
+    for dxx, dxy, dyy in jax.jacfwd(precision)(source[3:]).T:
+        constant = dxx * x0**2 + 2 * dxy * x0 * y0 + dyy * y0**2
+        slopes = (-2 * (dxx * x0 + dxy * y0), -2 * (dxy * x0 + dyy * y0))
+        rows.append(-0.5 * peak * jnp.stack([constant, *slopes, dxx, 2 * dxy, dyy]))
+    return jnp.stack(rows)

@@ -1,0 +1,317 @@
+"""Fluxes of fitted sources: in elliptical apertures, corrected to the total, and of the model.
+
+The aperture of a source is the ellipse whose semi-axes are its fitted FWHMs times
+``fwhm_radius_ratio`` = k. It is summed on the map from which the background and every *other*
+source were subtracted, which is the residual map plus the source's own Gaussian. For a
+well-sampled Gaussian it encloses the fraction ``1 - 2**(-4 k**2)`` of the total.
+
+All values are in the pixel system of the fit: surface brightness in Jy/beam, sums over pixels in
+pix^2 Jy/beam (`hyperjax.catalog` multiplies them by pixel area / beam area, which gives Jy),
+positions in 0-based pixels with integers at pixel centres, angles in radians from +x towards +y.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from photutils.aperture import EllipticalAperture
+
+from hyperjax.maps import FWHM_PER_SIGMA
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from hyperjax.fitting import SourceFits
+
+_REACH = 6.0
+"""How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
+
+
+class Apertures(NamedTuple):
+    """Aperture photometry of n sources; all arrays have shape (n,).
+
+    Without any valid pixel `flux` and `corrected` are NaN, `enclosed` and `area_pix` are 0. A
+    source whose parameters are not finite has NaN throughout, but `blank_fraction` 1.
+    """
+
+    flux: NDArray[np.float64]
+    """Sum over the aperture of the background- and companion-subtracted map, pix^2 Jy/beam."""
+    flux_err: NDArray[np.float64]
+    """Noise of that sum in the aperture as drawn, with independent pixels, pix^2 Jy/beam."""
+    enclosed: NDArray[np.float64]
+    """Fraction of the source's own Gaussian that the aperture's valid pixels collect."""
+    corrected: NDArray[np.float64]
+    """`flux` / `enclosed`: the total flux seen through the aperture, pix^2 Jy/beam."""
+    corrected_err: NDArray[np.float64]
+    """Its error with the uncertainty of the fitted shape; NaN without a covariance."""
+    area_pix: NDArray[np.float64]
+    """Area of the valid pixels in the aperture, pix^2."""
+    blank_fraction: NDArray[np.float64]
+    """Fraction of the aperture's area that is blank or outside the map."""
+
+
+class _Ellipse(NamedTuple):
+    """One source's position (pixel), size (standard deviations, pixel) and angle (radians)."""
+
+    x: float
+    y: float
+    sigma_major: float
+    sigma_minor: float
+    theta: float
+
+    @property
+    def is_drawable(self) -> bool:
+        return bool(np.isfinite(self).all()) and self.sigma_minor > 0 and self.sigma_major > 0
+
+
+class _Sums(NamedTuple):
+    """Sums over one aperture, weighted by each valid pixel's overlap with it."""
+
+    residual: float = np.nan
+    gradient: tuple[float, ...] | NDArray[np.float64] = (0.0,) * 6  # of the source's own model
+    noise_variance: float = 0.0
+    area: float = 0.0
+    blank_fraction: float = 1.0
+
+
+def render_sources(shape: tuple[int, int], fits: SourceFits) -> NDArray[np.float64]:
+    """Draw the fitted Gaussians, sampled at pixel centres.
+
+    Each is drawn in the box that holds its 6-sigma ellipse. Sources with parameters that are
+    not finite are left out.
+
+    Parameters
+    ----------
+    shape
+        (ny, nx) of the image.
+    fits
+        The sources.
+
+    Returns
+    -------
+    ndarray (ny, nx)
+        Sum of the sources, Jy/beam.
+    """
+    image = np.zeros(shape)
+    for peak, ellipse in zip(fits.peak, _ellipses(fits), strict=True):
+        if ellipse.is_drawable and np.isfinite(peak):
+            box = _bounding_box(shape, ellipse)
+            y, x = np.ogrid[box]
+            image[box] += peak * _profile(x, y, ellipse)
+    return image
+
+
+def model_flux(fits: SourceFits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    r"""Integrate the fitted Gaussians: :math:`F = 2\pi\,A\,\sigma_1\sigma_2`.
+
+    The error is first order in the covariance of the parameters,
+    :math:`\sigma_F^2 = \nabla F^T C\,\nabla F`. As peak and sizes are anticorrelated, it is smaller
+    than the errors of peak and sizes would give if they were independent.
+
+    Returns
+    -------
+    flux, flux_err : ndarray (n,)
+        In pix^2 Jy/beam. The error is NaN where there is no covariance.
+    """
+    flux = 2 * np.pi * fits.peak * fits.sigma_major * fits.sigma_minor
+    return flux, standard_deviation(quadratic_form(_flux_gradient(fits), fits.covariance))
+
+
+def aperture_photometry(
+    residual: NDArray[np.float64], fits: SourceFits, rms: ArrayLike, ratio: float
+) -> Apertures:
+    r"""Measure each source in its elliptical aperture on the map without background and companions.
+
+    Overlaps of ellipse and pixels are exact. Blank pixels (NaN in `residual` or in `rms`) and those
+    outside the map count neither in the sum nor in the enclosed fraction, so that the corrected
+    flux stays right as long as the Gaussian is.
+
+    Parameters
+    ----------
+    residual
+        (ny, nx), Jy/beam: data - background - all sources; NaN where blank.
+    fits
+        The sources that were subtracted.
+    rms
+        Noise per pixel, Jy/beam: a scalar or (ny, nx).
+    ratio
+        Semi-axes of the aperture in units of the fitted FWHMs (``fwhm_radius_ratio``).
+
+    Notes
+    -----
+    With overlaps :math:`w_i`, `flux` has the variance :math:`\sum_i w_i^2 \sigma_i^2` of
+    independent pixels. The uncertainty of the background and of the companions is not in it, nor
+    the correlation of the noise between pixels.
+
+    The enclosed fraction E hardly depends on the fitted shape, since the aperture scales with it.
+    The fraction of the *true* source that is enclosed does: an ellipse too large by 5 % at a ratio
+    of 0.5 collects 7 % more flux, and noise that widens the fit also lifts the sum. Both follow
+    from
+
+    .. math:: F / E = F_\mathrm{model} + \frac{1}{E} \sum_i w_i r_i
+
+    with r the residual. In a least-squares fit r is uncorrelated with the parameters, so that
+
+    .. math:: \sigma_{F/E}^2 = \sigma_{F_\mathrm{model}}^2
+              + \frac{1}{E^2} \left(\sum_i w_i^2 \sigma_i^2 - g^T C g\right)
+
+    where C is the covariance of the fit, :math:`g = \sum_i w_i\,\partial m_i / \partial p` the
+    gradient of the model's sum in the aperture, and :math:`g^T C g` the noise that the fit has
+    taken out of the residual.
+    """
+    noise = np.broadcast_to(np.asarray(rms, dtype=float), residual.shape)
+    sums = [
+        _sum_aperture(residual, noise, peak, ellipse, ratio)
+        for peak, ellipse in zip(fits.peak, _ellipses(fits), strict=True)
+    ]
+    return _photometry_from_sums(fits, *_stack(sums))
+
+
+def quadratic_form(
+    vectors: NDArray[np.float64], matrices: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """``v^T M v`` of n vectors (n, p) and matrices (n, p, p): the variance of v^T (parameters)."""
+    return np.einsum("ni,nij,nj->n", vectors, matrices, vectors)
+
+
+def standard_deviation(variance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Square root; NaN where there is no valid variance (NaN or negative)."""
+    return np.sqrt(np.where(variance >= 0, variance, np.nan))
+
+
+def _photometry_from_sums(
+    fits: SourceFits,
+    residual: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    noise_variance: NDArray[np.float64],
+    area: NDArray[np.float64],
+    blank_fraction: NDArray[np.float64],
+) -> Apertures:
+    """Turn the (n,) sums and the (n, 6) gradients into fluxes, fractions and errors."""
+    profile_sum = gradient[:, 0]  # the derivative to the peak is the Gaussian of unit peak
+    flux = residual + fits.peak * profile_sum
+    enclosed = profile_sum / (2 * np.pi * fits.sigma_major * fits.sigma_minor)
+    divisor = np.where(enclosed > 0, enclosed, np.nan)
+    _, model_err = model_flux(fits)
+    left_in_residual = noise_variance - quadratic_form(gradient, fits.covariance)
+    return Apertures(
+        flux=flux,
+        flux_err=np.where(area > 0, np.sqrt(noise_variance), np.nan),
+        enclosed=enclosed,
+        corrected=flux / divisor,
+        corrected_err=np.hypot(model_err, np.sqrt(np.maximum(left_in_residual, 0.0)) / divisor),
+        area_pix=area,
+        blank_fraction=blank_fraction,
+    )
+
+
+def _sum_aperture(
+    residual: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    peak: float,
+    ellipse: _Ellipse,
+    ratio: float,
+) -> _Sums:
+    """Sum residual, noise variance and the model's gradient over one source's aperture."""
+    if not (ellipse.is_drawable and np.isfinite(peak)):
+        return _Sums(gradient=(np.nan,) * 6, noise_variance=np.nan, area=np.nan)
+    mask = EllipticalAperture(
+        (ellipse.x, ellipse.y),
+        a=ratio * FWHM_PER_SIGMA * ellipse.sigma_major,
+        b=ratio * FWHM_PER_SIGMA * ellipse.sigma_minor,
+        theta=ellipse.theta,
+    ).to_mask(method="exact")
+    usable = np.zeros(mask.shape, dtype=bool)
+    on_map, on_mask = mask.get_overlap_slices(residual.shape)
+    if on_map is not None:
+        usable[on_mask] = np.isfinite(residual[on_map]) & np.isfinite(noise[on_map])
+    rows, columns = np.nonzero(usable & (mask.data > 0))
+    if rows.size == 0:
+        return _Sums()
+    overlap = mask.data[rows, columns]
+    rows, columns = rows + mask.bbox.iymin, columns + mask.bbox.ixmin
+    return _Sums(
+        residual=overlap @ residual[rows, columns],
+        gradient=_gaussian_gradient(columns, rows, peak, ellipse) @ overlap,
+        noise_variance=overlap**2 @ noise[rows, columns] ** 2,
+        area=overlap.sum(),
+        blank_fraction=mask.data[~usable].sum() / mask.data.sum(),
+    )
+
+
+def _stack(sums: list[_Sums]) -> tuple[NDArray[np.float64], ...]:
+    """Gather the sums of n apertures field by field: (n,) arrays, (n, 6) for the gradient."""
+    residual = np.array([s.residual for s in sums], dtype=float)
+    gradient = np.array([s.gradient for s in sums], dtype=float).reshape(-1, 6)
+    others = np.array([s[2:] for s in sums], dtype=float).reshape(-1, 3)
+    return residual, gradient, *others.T
+
+
+def _ellipses(fits: SourceFits) -> list[_Ellipse]:
+    columns = (fits.x, fits.y, fits.sigma_major, fits.sigma_minor, fits.theta)
+    return [_Ellipse(*row) for row in np.column_stack(columns).tolist()]
+
+
+def _bounding_box(shape: tuple[int, int], ellipse: _Ellipse) -> tuple[slice, slice]:
+    """Slices (rows, columns) of the part of the image that holds the 6-sigma ellipse."""
+    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
+    half_x = _REACH * np.hypot(ellipse.sigma_major * cos, ellipse.sigma_minor * sin)
+    half_y = _REACH * np.hypot(ellipse.sigma_major * sin, ellipse.sigma_minor * cos)
+    return (
+        _pixel_range(ellipse.y, half_y, shape[0]),
+        _pixel_range(ellipse.x, half_x, shape[1]),
+    )
+
+
+def _pixel_range(centre: float, half_width: float, size: int) -> slice:
+    first, last = np.ceil(centre - half_width), np.floor(centre + half_width)
+    start, stop = np.clip([first, last + 1], 0, size).astype(int)
+    return slice(int(start), int(stop))
+
+
+def _principal_offsets(
+    x: NDArray[np.int_], y: NDArray[np.int_], ellipse: _Ellipse
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Offsets of pixels from the centre along the major and the minor axis."""
+    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
+    dx, dy = x - ellipse.x, y - ellipse.y
+    return dx * cos + dy * sin, dy * cos - dx * sin
+
+
+def _profile(x: NDArray[np.int_], y: NDArray[np.int_], ellipse: _Ellipse) -> NDArray[np.float64]:
+    """Gaussian of unit peak at the given pixels."""
+    major, minor = _principal_offsets(x, y, ellipse)
+    return np.exp(-0.5 * ((major / ellipse.sigma_major) ** 2 + (minor / ellipse.sigma_minor) ** 2))
+
+
+def _gaussian_gradient(
+    x: NDArray[np.int_], y: NDArray[np.int_], peak: float, ellipse: _Ellipse
+) -> NDArray[np.float64]:
+    """Differentiate to (peak, x, y, sigma_major, sigma_minor, theta): (6, pixels)."""
+    major, minor = _principal_offsets(x, y, ellipse)
+    profile = _profile(x, y, ellipse)
+    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
+    along, across = major / ellipse.sigma_major**2, minor / ellipse.sigma_minor**2
+    logarithmic = [
+        along * cos - across * sin,
+        along * sin + across * cos,
+        along**2 * ellipse.sigma_major,
+        across**2 * ellipse.sigma_minor,
+        across * major - along * minor,
+    ]
+    return np.vstack([profile, peak * profile * np.array(logarithmic)])
+
+
+def _flux_gradient(fits: SourceFits) -> NDArray[np.float64]:
+    """Differentiate the Gaussians' integrals to the six parameters: (n, 6)."""
+    zero = np.zeros_like(fits.peak)
+    columns = [
+        fits.sigma_major * fits.sigma_minor,
+        zero,
+        zero,
+        fits.peak * fits.sigma_minor,
+        fits.peak * fits.sigma_major,
+        zero,
+    ]
+    return 2 * np.pi * np.column_stack(columns)

@@ -1,0 +1,272 @@
+"""Bounded Levenberg-Marquardt: one step of it, and many problems at once in persistent lanes.
+
+`advance` is one iteration on one problem. `solve_lanes` runs it over a stack of problems: a fixed
+number of lanes iterate together, and a lane whose problem has ended writes its result and loads the
+next one, so that the work is the sum of the problems' iterations and not the slowest problem's.
+`LaneSolver` is the same iteration as an optimistix solver.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from hyperjax.models import Chart, Model, Normal, Problem
+
+RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
+"""How a problem stands: still running; at its optimum; out of steps; no descent found, though not
+at an optimum; without a single valid pixel."""
+
+_FIRST_DAMPING = 1e-3
+_LEAST_DAMPING = 1e-9
+_MOST_DAMPING = 1e12
+
+
+class Tolerances(NamedTuple):
+    """When to stop; data, so that changing them compiles nothing.
+
+    Attributes
+    ----------
+    ftol
+        Relative reduction of the cost that one more step could bring (the damped Newton
+        decrement, corrected for its damping).
+    xtol
+        Length of the next step relative to the parameters (MINPACK's xtol; scaled coordinates).
+    gtol
+        Largest cosine between the residuals and a column of the Jacobian (MINPACK's gtol).
+    max_steps
+        Evaluations of the model.
+    """
+
+    ftol: Float[Array, ""]
+    xtol: Float[Array, ""]
+    gtol: Float[Array, ""]
+    max_steps: Int[Array, ""]
+
+
+class State(NamedTuple):
+    """Where the iteration of one problem stands."""
+
+    params: Float[Array, " P"]
+    normal: Normal
+    candidate: Float[Array, " P"]
+    predicted: Float[Array, ""]
+    damping: Float[Array, ""]
+    growth: Float[Array, ""]
+    steps: Int[Array, ""]
+    status: Int[Array, ""]
+    on_bound: Bool[Array, " P"]
+
+
+class Solution(NamedTuple):
+    """Optimum of one problem: parameters, normal equations there, steps, status, active bounds."""
+
+    params: Float[Array, " P"]
+    normal: Normal
+    steps: Int[Array, ""]
+    status: Int[Array, ""]
+    on_bound: Bool[Array, " P"]
+
+
+def begin(model: Model, problem: Problem) -> State:
+    """The state before the first evaluation."""
+    size, dtype = model.size, problem.start.dtype
+    nowhere = Normal(
+        jnp.asarray(jnp.inf, dtype), jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)
+    )
+    usable = jnp.any(problem.weight > 0)
+    return State(
+        params=problem.start,
+        normal=nowhere,
+        candidate=problem.start,
+        predicted=jnp.ones((), dtype),
+        damping=jnp.asarray(_FIRST_DAMPING, dtype),
+        growth=jnp.asarray(2.0, dtype),
+        steps=jnp.zeros((), jnp.int32),
+        status=jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32),
+        on_bound=jnp.zeros(size, bool),
+    )
+
+
+def advance(model: Model, problem: Problem, state: State, tolerances: Tolerances) -> State:
+    """One iteration: evaluate the candidate, keep it if it is better, propose the next.
+
+    Steps are damped by lambda times the diagonal of the Gauss-Newton matrix (Marquardt 1963),
+    lambda follows Nielsen's rule (1999, IMM-REP-1999-05). Bounds are kept by projection:
+    coordinates that are on a bound and pushed outwards are left out of the step, the others are
+    clipped at theirs (Bertsekas 1982, SIAM J. Control Optim. 20, 221).
+    """
+    trial = model.normal(state.candidate, problem)
+    gain = (state.normal.cost - trial.cost) / state.predicted
+    first = state.steps == 0
+    better = first | ((trial.cost < state.normal.cost) & jnp.isfinite(trial.cost))
+    params = jnp.where(better, state.candidate, state.params)
+    normal = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.normal)
+    shrink = jnp.maximum(1 / 3, 1 - (2 * jnp.minimum(gain, 1) - 1) ** 3).astype(params.dtype)
+    damping = state.damping * jnp.where(first, 1, jnp.where(better, shrink, state.growth))
+    damping = jnp.maximum(damping, _LEAST_DAMPING)
+    growth = jnp.where(better, 2.0, 2 * state.growth).astype(params.dtype)
+
+    chart = model.chart(params, normal.gradient, problem)
+    local = to_local(normal, chart)
+    blocked = blocked_by_bounds(problem, chart, local.gradient)
+    step = damped_step(local, blocked, damping)
+    clipped = jnp.clip(step, chart.lower - chart.value, chart.upper - chart.value)
+    clipped = jnp.where(blocked, 0, clipped)
+    predicted = -(local.gradient @ clipped + 0.5 * clipped @ local.matrix @ clipped)
+
+    steps = state.steps + 1
+    status = jnp.where(
+        converged(params, local, blocked, step, damping, tolerances),
+        CONVERGED,
+        jnp.where(
+            damping > _MOST_DAMPING,
+            SINGULAR,
+            jnp.where(steps >= tolerances.max_steps, STEP_LIMIT, RUNNING),
+        ),
+    )
+    return State(
+        params=params,
+        normal=normal,
+        candidate=model.retract(params, chart, clipped, problem),
+        predicted=jnp.where(predicted > 0, predicted, jnp.abs(predicted) + 1e-30),
+        damping=damping,
+        growth=growth,
+        steps=steps,
+        status=status.astype(jnp.int32),
+        on_bound=blocked & problem.free,
+    )
+
+
+def to_local(normal: Normal, chart: Chart) -> Normal:
+    """The normal equations in the chart's coordinates."""
+    return Normal(
+        normal.cost,
+        chart.basis.T @ normal.gradient,
+        chart.basis.T @ normal.matrix @ chart.basis,
+    )
+
+
+def blocked_by_bounds(
+    problem: Problem, chart: Chart, gradient: Float[Array, " P"]
+) -> Bool[Array, " P"]:
+    """Coordinates that must not move: not free, or on a bound with the descent pointing out."""
+    slack = 8 * jnp.finfo(gradient.dtype).eps * (1 + jnp.abs(chart.value))
+    at_lower = (chart.value <= chart.lower + slack) & (gradient > 0)
+    at_upper = (chart.value >= chart.upper - slack) & (gradient < 0)
+    return ~problem.free | chart.frozen | at_lower | at_upper
+
+
+def damped_step(
+    normal: Normal, blocked: Bool[Array, " P"], damping: Float[Array, ""]
+) -> Float[Array, " P"]:
+    """Minus the gradient over the damped matrix, with blocked coordinates at rest.
+
+    The matrix is scaled to a unit diagonal before its Cholesky factor is taken.
+    """
+    diagonal = jnp.diagonal(normal.matrix)
+    idle = blocked | (diagonal <= 0)
+    scale = jnp.where(idle, 0, 1 / jnp.sqrt(jnp.where(idle, 1, diagonal)))
+    scaled = normal.matrix * scale[:, None] * scale
+    damped = scaled + jnp.diag(jnp.where(idle, 1, damping).astype(scale.dtype))
+    factor = jnp.linalg.cholesky(damped, symmetrize_input=False)
+    solution = jax.scipy.linalg.cho_solve((factor, True), -scale * normal.gradient)
+    return scale * solution
+
+
+def converged(
+    params: Float[Array, " P"],
+    local: Normal,
+    blocked: Bool[Array, " P"],
+    step: Float[Array, " P"],
+    damping: Float[Array, ""],
+    tolerances: Tolerances,
+) -> Bool[Array, ""]:
+    """Whether one of the three tolerances is met on the coordinates that can move."""
+    gradient = jnp.where(blocked, 0, local.gradient)
+    decrement = -0.5 * gradient @ step * (1 + damping)
+    diagonal = jnp.diagonal(local.matrix)
+    cosine = jnp.abs(gradient) / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) * 2 * local.cost)
+    length = jnp.linalg.norm(step) * (1 + damping)
+    return (
+        (decrement <= tolerances.ftol * local.cost)
+        | (jnp.max(cosine) <= tolerances.gtol)
+        | (length <= tolerances.xtol * (tolerances.xtol + jnp.linalg.norm(params)))
+    )
+
+
+def solve_one(model: Model, problem: Problem, tolerances: Tolerances) -> Solution:
+    """Iterate one problem to its end."""
+    problem = model.prepare(problem)
+    last = lax.while_loop(
+        lambda state: state.status == RUNNING,
+        lambda state: advance(model, problem, state, tolerances),
+        begin(model, problem),
+    )
+    return _solution(last)
+
+
+def solve_lanes(model: Model, problems: Problem, tolerances: Tolerances, lanes: int) -> Solution:
+    """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time."""
+    count = problems.data.shape[0]
+    lanes = min(lanes, count)
+    problems = jax.vmap(model.prepare)(problems)
+    index = jnp.arange(lanes)
+    held = jax.tree.map(lambda leaf: leaf[:lanes], problems)
+    state = jax.vmap(lambda problem: begin(model, problem))(held)
+    blank = jax.tree.map(
+        lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), _solution(state)
+    )
+
+    def trip(carry):  # type: ignore[no-untyped-def]
+        index, following, held, state, results = carry
+        moved = jax.vmap(lambda p, s: advance(model, p, s, tolerances))(held, state)
+        running = state.status == RUNNING
+        state = _select(running, moved, state)
+        ended = (state.status != RUNNING) & (index < count)
+        slot = jnp.where(ended, index, count)
+        results = jax.tree.map(
+            lambda out, leaf: out.at[slot].set(leaf, mode="drop"), results, _solution(state)
+        )
+        index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
+        following = following + jnp.sum(ended)
+        held = _load(problems, held, index, ended & (index < count))
+        fresh = jax.vmap(lambda problem: begin(model, problem))(held)
+        return index, following, held, _select(ended & (index < count), fresh, state), results
+
+    carry = (index, jnp.asarray(lanes), held, state, blank)
+    return lax.while_loop(lambda c: jnp.any(c[0] < count), trip, carry)[-1]
+
+
+def _load(
+    problems: Problem,
+    held: Problem,
+    index: Int[Array, " lane"],
+    wanted: Bool[Array, " lane"],
+) -> Problem:
+    """Copy problem index[lane] into every wanted lane, and touch no other."""
+    order = jnp.argsort(~wanted)  # wanted lanes first
+
+    def copy(i, held):  # type: ignore[no-untyped-def]
+        lane = order[i]
+        return jax.tree.map(
+            lambda to, source: lax.dynamic_update_index_in_dim(
+                to, lax.dynamic_index_in_dim(source, index[lane], 0, False), lane, 0
+            ),
+            held,
+            problems,
+        )
+
+    return lax.fori_loop(0, jnp.sum(wanted), copy, held)
+
+
+def _select(mask: Bool[Array, " lane"], new: State, old: State) -> State:
+    return jax.tree.map(
+        lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
+    )
+
+
+def _solution(state: State) -> Solution:
+    return Solution(state.params, state.normal, state.steps, state.status, state.on_bound)

@@ -1,0 +1,535 @@
+"""Many maps with one configuration: read, extract, write, and go on whatever happens to one map.
+
+The failure of a map is data, not an exception: every map gives a `MapOutcome`. Maps run in this
+process or, with more than one job, each in a process of a few that are kept, one map at a time, so
+that a process that dies takes one map with it.
+"""
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from astropy.table import QTable
+
+from hyperjax.catalog import merge_catalogs
+from hyperjax.config import Config, config_from_dict, load_config, map_paths
+from hyperjax.errors import HyperjaxError, MapError, OutputError
+from hyperjax.logs import collected, log_file, replay
+from hyperjax.maps import Map, _map_name, read_map
+from hyperjax.products import Layout, write_extraction, write_merged
+
+if TYPE_CHECKING:
+    from hyperjax.pipeline import Extraction
+
+__all__ = [
+    "MapOutcome",
+    "SurveyResult",
+    "n_jobs",
+    "output_folder",
+    "run",
+    "run_hyper",
+    "survey_result",
+]
+
+logger = logging.getLogger(__name__)
+
+SOME_FAILED = 1
+"""Exit code where some of several maps failed, and that of errors that nobody foresaw."""
+
+_MERGED = "ALL"  # stands for the map's name in the names of the merged tables
+
+
+@dataclass(frozen=True, eq=False)
+class MapOutcome:
+    """What became of one map.
+
+    Attributes
+    ----------
+    path : Path
+        The map.
+    name : str
+        Its name in the products: the file's, made unique among the maps of the survey.
+    index : int
+        Its place among the maps of the survey.
+    steps : dict of str to float
+        Wall-clock time of each step, seconds.
+    catalog : QTable or None
+        The sources; None if the map failed.
+    rms : float
+        Median noise, Jy/beam; NaN if the map failed.
+    files : tuple of Path
+        What was written, the ECSV table first.
+    log : Path or None
+        The map's log; None if the map is not there.
+    error : str or None
+        Why the map failed, in one line.
+    traceback : str or None
+        Where it failed.
+    exit_code : int
+        Exit code of the command line for that error; 0 if there is none.
+    """
+
+    path: Path
+    name: str
+    index: int
+    steps: dict[str, float]
+    catalog: QTable | None = None
+    rms: float = np.nan
+    files: tuple[Path, ...] = ()
+    log: Path | None = None
+    error: str | None = None
+    traceback: str | None = field(default=None, repr=False)
+    exit_code: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the map was finished."""
+        return self.error is None
+
+    @property
+    def n_sources(self) -> int:
+        """Number of catalogued sources."""
+        return 0 if self.catalog is None else len(self.catalog)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all steps."""
+        return sum(self.steps.values())
+
+
+@dataclass(frozen=True, eq=False)
+class SurveyResult:
+    """What became of all maps.
+
+    Attributes
+    ----------
+    outcomes : tuple of MapOutcome
+        In the order in which the maps were given.
+    layout : Layout
+        Where the files are.
+    """
+
+    outcomes: tuple[MapOutcome, ...]
+    layout: Layout
+
+    @property
+    def finished(self) -> list[MapOutcome]:
+        """Outcomes of the maps that were finished."""
+        return [outcome for outcome in self.outcomes if outcome.ok]
+
+    @property
+    def failed(self) -> list[MapOutcome]:
+        """Outcomes of the maps that failed."""
+        return [outcome for outcome in self.outcomes if not outcome.ok]
+
+    @property
+    def catalog(self) -> QTable | None:
+        """Sources of all finished maps; None if there is no such map."""
+        catalogs = [outcome.catalog for outcome in self.outcomes if outcome.catalog is not None]
+        return merge_catalogs(catalogs) if catalogs else None
+
+    @property
+    def merged_table(self) -> Path:
+        """The merged catalogue, ECSV; it is written if at least one map was finished."""
+        return self.layout.table(_MERGED)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if no map failed, 1 if some did; if all did, the code they share, else 3."""
+        codes = {outcome.exit_code for outcome in self.failed}
+        if not codes:
+            return 0
+        if self.finished:
+            return SOME_FAILED
+        return codes.pop() if len(codes) == 1 else MapError.exit_code
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One map to be worked on, in this process or in another."""
+
+    path: Path
+    name: str
+    index: int
+    config: Config
+    layout: Layout
+    log_level: int
+    cores: int | None = None  # that the fit may use; all of them if None
+
+
+# --- The survey ----------------------------------------------------------------------------------
+
+
+def run_hyper(config: str | Path | Mapping[str, Any] | Config) -> SurveyResult:
+    """Extract the sources of all maps that a configuration names, and write the products.
+
+    Parameters
+    ----------
+    config : path-like, mapping or Config
+        The YAML file, its content as nested dictionaries, or the options themselves.
+
+    Returns
+    -------
+    SurveyResult
+        The catalogues, and the errors of maps that failed.
+
+    Raises
+    ------
+    HyperjaxError
+        The configuration is wrong, or the results cannot be written. The failure of a map is not
+        an exception but one of the outcomes.
+
+    Notes
+    -----
+    Several maps run in processes of their own (``control.parallel_maps``, ``control.n_cores``),
+    which import the calling script afresh: call this inside ``if __name__ == "__main__":``.
+    """
+    if isinstance(config, Mapping):
+        config = config_from_dict(config)
+    elif not isinstance(config, Config):
+        config = load_config(config)
+    out = output_folder(config)
+    outcomes = run(map_paths(config), config, out, n_jobs(config))
+    return survey_result(outcomes, Layout.from_config(config, out))
+
+
+def n_jobs(config: Config) -> int:
+    """Return how many maps a configuration wants to be worked on at the same time."""
+    return config.control.n_cores if config.control.parallel_maps else 1
+
+
+def output_folder(config: Config) -> Path:
+    """Return the folder of all results that a configuration names."""
+    return config.resolve(config.paths.output.dir_root)
+
+
+def survey_result(outcomes: Iterable[MapOutcome], layout: Layout) -> SurveyResult:
+    """Put the outcomes of a survey in the order of its maps."""
+    return SurveyResult(tuple(sorted(outcomes, key=lambda outcome: outcome.index)), layout)
+
+
+def run(
+    maps: Sequence[str | Path],
+    config: Config,
+    out: str | Path,
+    jobs: int = 1,
+    log_level: int = logging.INFO,
+) -> Generator[MapOutcome, None, None]:
+    """Work on maps, yield the outcome of each when it is finished, then write the merged tables.
+
+    Parameters
+    ----------
+    maps : sequence of path-like
+        FITS files. A file that is given twice is worked on once.
+    config : Config
+        The options for all maps.
+    out : path-like
+        The output folder; `hyperjax.products` says what is in it. Nothing is written if no map
+        is there.
+    jobs : int
+        How many maps are worked on at the same time; 1 works in this process.
+    log_level : int
+        Lowest level of the records in the logs.
+
+    Yields
+    ------
+    MapOutcome
+        In the order in which maps are finished; `survey_result` puts them in the order given.
+
+    Raises
+    ------
+    OutputError
+        The results cannot be written; found before the work begins where it can be.
+    """
+    layout = Layout.from_config(config, Path(out).absolute())
+    _refuse_unwritable(layout)
+    names = _unique_names(maps, config)
+    workers = min(jobs, len(names))
+    cores = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
+    tasks = [
+        _Task(path, name, index, config, layout, log_level, cores)
+        for index, (path, name) in enumerate(names.items())
+    ]
+    with _survey_log(tasks, config, layout):
+        outcomes = []
+        for outcome in _in_processes(tasks, workers) if workers > 1 else map(_run_map, tasks):
+            outcomes.append(outcome)
+            yield outcome
+        _write_all(survey_result(outcomes, layout))
+
+
+def _write_all(result: SurveyResult) -> None:
+    """Write the merged tables of the maps that were finished."""
+    catalog = result.catalog
+    if catalog is not None:
+        write_merged(catalog, result.layout)
+    done, failed = len(result.finished), len(result.failed)
+    logger.info("%d maps finished, %d failed", done, failed)
+
+
+def _refuse_unwritable(layout: Layout) -> None:
+    """Refuse output folders that cannot be made or written to, without making them."""
+    for folder in (layout.tables, layout.regions, layout.logs, layout.images, layout.plots):
+        nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not nearest.is_dir():
+            raise OutputError(
+                f"{nearest}: a file is in the place of an output folder; remove it, or choose "
+                "another folder with -o or paths.output.dir_root"
+            )
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"{nearest}: this output folder cannot be written to; choose another with -o or "
+                "paths.output.dir_root"
+            )
+
+
+@contextmanager
+def _survey_log(tasks: Sequence[_Task], config: Config, layout: Layout) -> Iterator[None]:
+    """Write the log of the whole run: what was asked for, and a line for each map."""
+    if not any(task.path.is_file() for task in tasks):
+        yield
+        return
+    with log_file(layout.logs / config.files.file_log_name, names=(__name__,)):
+        logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
+        logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
+        for task in tasks:
+            if task.name != _map_name(task.path):
+                logger.info("%s: its products are named %s", task.path, task.name)
+        yield
+
+
+def _unique_names(maps: Sequence[str | Path], config: Config) -> dict[Path, str]:
+    """Name the products of each map so that no two, whatever the case of letters, are the same.
+
+    A map's name is that of its file; where it is taken its folders are put before it, then a
+    number after it.
+    """
+    given = {Path(path).absolute(): Path(path) for path in maps}
+    shared = Counter(_map_name(path).casefold() for path in given)
+    taken = {_MERGED.casefold(), Path(config.files.file_log_name).stem.casefold()}
+    names: dict[Path, str] = {}
+    for absolute, path in given.items():
+        alone = shared[_map_name(path).casefold()] == 1
+        names[path] = next(
+            name for name in _candidates(absolute, alone) if name.casefold() not in taken
+        )
+        taken.add(names[path].casefold())
+    return names
+
+
+def _candidates(path: Path, alone: bool) -> Iterator[str]:
+    """Yield names for a map, from the simplest: the file's alone, with folders, with a number."""
+    plain, folders = _map_name(path), path.parts[1:-1]
+    if alone:
+        yield plain
+    for first in reversed(range(len(folders))):
+        yield "_".join([*folders[first:], plain])
+    yield from (f"{plain}_{number}" for number in count(2))
+
+
+# --- One map -------------------------------------------------------------------------------------
+
+
+def _run_map(task: _Task) -> MapOutcome:
+    """Read, extract and write one map; whatever goes wrong becomes its outcome."""
+    outcome = _begun(task)
+    try:
+        with log_file(outcome.log, task.log_level) if outcome.log else nullcontext():
+            return _logged(outcome, task)
+    except OutputError as error:  # of the log itself
+        return _failed(outcome, error)
+
+
+def _begun(task: _Task) -> MapOutcome:
+    log = task.layout.log(task.name) if task.path.is_file() else None
+    return MapOutcome(task.path, task.name, task.index, steps={}, log=log)
+
+
+def _logged(outcome: MapOutcome, task: _Task) -> MapOutcome:
+    """Work on a map and log what became of it.
+
+    This is the one place where exceptions that nobody foresaw are caught: a defect that one map
+    uncovers must not cost the others their results.
+    """
+    logger.info("%s: hyperjax %s", task.path, version("hyperjax"))
+    try:
+        outcome = _extracted(outcome, task)
+    except HyperjaxError as error:
+        outcome = _failed(outcome, error)
+        logger.error("%s", outcome.error)
+    except Exception as error:
+        outcome = _failed(outcome, error)
+        logger.exception("%s", outcome.error)
+    else:
+        _log_success(outcome)
+    return outcome
+
+
+def _log_success(outcome: MapOutcome) -> None:
+    steps = ", ".join(f"{step} {seconds:.2f} s" for step, seconds in outcome.steps.items())
+    logger.info("%s: %d sources (%s)", outcome.name, outcome.n_sources, steps)
+
+
+def _extracted(outcome: MapOutcome, task: _Task) -> MapOutcome:
+    """Read a map, extract its sources and write the products; the steps are timed."""
+    steps = outcome.steps
+    with _timed(steps, "read"):
+        image = replace(_read(task), name=task.name)
+    with _timed(steps, "start"):
+        extract = _extractor(task.cores)
+    with _timed(steps, "extract"):
+        extraction = extract(image, task.config)
+    with _timed(steps, "write"):
+        files = tuple(write_extraction(extraction, task.layout))
+    rms = float(np.nanmedian(extraction.rms))
+    return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
+
+
+def _read(task: _Task) -> Map:
+    config = task.config
+    return read_map(
+        task.path,
+        hdu=config.files.hdu,
+        unit=config.units.map_unit,
+        beam_fwhm_arcsec=config.survey.beam_fwhm_arcsec,
+        survey_code=config.survey.survey_code,
+        frequency_ghz=config.units.frequency_ghz,
+    )
+
+
+@functools.cache
+def _extractor(cores: int | None) -> "Callable[[Map, Config], Extraction]":
+    """Import the pipeline, and JAX with it, where a map is to be worked on and only there."""
+    from hyperjax.fitting import configure_runtime
+
+    configure_runtime(cores)
+
+    from hyperjax.pipeline import extract
+
+    return extract
+
+
+@contextmanager
+def _timed(steps: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        steps[step] = time.perf_counter() - start
+
+
+def _failed(outcome: MapOutcome, error: BaseException) -> MapOutcome:
+    """Make an exception the outcome of a map."""
+    foreseen = isinstance(error, HyperjaxError)
+    return replace(
+        outcome,
+        error=str(error) if foreseen else _unforeseen(outcome, error),
+        traceback="".join(traceback.format_exception(error)),
+        exit_code=error.exit_code if isinstance(error, HyperjaxError) else SOME_FAILED,
+    )
+
+
+def _unforeseen(outcome: MapOutcome, error: BaseException) -> str:
+    """One line on an exception that is no fault of the user's."""
+    if isinstance(error, BrokenProcessPool | SystemExit):
+        return (
+            f"{outcome.path}: the process that worked on it ended (killed, or out of memory?); "
+            "try again with --jobs 1"
+        )
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{outcome.path}: unexpected {what}; please report it, with the log {outcome.log}"
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+_Work = Callable[[_Task], MapOutcome]
+_Report = tuple[MapOutcome, list[logging.LogRecord]]
+
+
+def _in_processes(
+    tasks: Iterable[_Task], workers: int, work: _Work = _run_map
+) -> Iterator[MapOutcome]:
+    """Work on maps in several new processes, one map at a time in each.
+
+    Every process has a pool of its own: if it dies, the map that it takes with it is known, and the
+    others are not disturbed. Processes are spawned, not forked, for JAX and its threads do not
+    survive a fork. If the caller stops early, they are told to end.
+    """
+    waiting = deque(tasks)
+    idle = [_new_process() for _ in range(workers)]
+    running: dict[Future[_Report], tuple[_Task, ProcessPoolExecutor]] = {}
+    others = set(multiprocessing.active_children())
+    try:
+        while waiting or running:
+            while waiting and idle:
+                task, process = waiting.popleft(), idle.pop()
+                running[process.submit(_report, work, task)] = task, process
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, process = running.pop(future)
+                idle.append(_usable(process, future))
+                yield _reported(future, task)
+    finally:
+        if running:
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+        for process in [*idle, *(process for _, process in running.values())]:
+            process.shutdown(cancel_futures=True)
+
+
+def _new_process() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin_process)
+
+
+def _usable(process: ProcessPoolExecutor, future: "Future[_Report]") -> ProcessPoolExecutor:
+    """Return the process that gave a result, or a new one if it died over it."""
+    if not isinstance(future.exception(), BrokenProcessPool):
+        return process
+    process.shutdown()
+    return _new_process()
+
+
+def _begin_process() -> None:
+    """When told to end, do so without a word and with the temporary files removed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end_process)
+    logging.captureWarnings(True)
+
+
+def _end_process(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _report(work: _Work, task: _Task) -> _Report:
+    """Work on a map, and keep what is logged for the process that asked."""
+    with collected(logging.INFO) as records:
+        outcome = work(task)
+    return outcome, records
+
+
+def _reported(future: "Future[_Report]", task: _Task) -> MapOutcome:
+    """Take over the outcome of a map, and its log records, from another process."""
+    error = future.exception()
+    if error is not None:
+        outcome = _failed(_begun(task), error)
+        logger.error("%s", outcome.error)
+        return outcome
+    outcome, records = future.result()
+    replay(records)
+    return outcome

@@ -1,0 +1,398 @@
+"""Surveys: what becomes of each map, whatever happens to the others."""
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.table import QTable
+from astropy.wcs import WCS
+
+from hyperjax import survey
+from hyperjax.catalog import COLUMNS
+from hyperjax.config import Config, config_from_dict
+from hyperjax.errors import BlankMapError, MissingFileError, OutputError
+from hyperjax.logs import collected, log_file, replay
+from hyperjax.products import Layout, write_extraction
+from hyperjax.survey import MapOutcome, SurveyResult, n_jobs, run, run_hyper, survey_result
+
+
+def write_map(path: Path, **cards: object) -> Path:
+    """Write a map of noise, 24 x 20 pixels, in Jy/beam; a card that is None is taken out."""
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype = "RA---TAN", "DEC--TAN"
+    wcs.wcs.crval, wcs.wcs.crpix, wcs.wcs.cdelt = (83.8, -5.4), (10, 12), (-1 / 3600, 1 / 3600)
+    header = wcs.to_header()
+    header.update({"BMAJ": 4 / 3600, "BMIN": 4 / 3600, "BPA": 0.0, "BUNIT": "Jy/beam"})
+    for key, value in cards.items():
+        if value is None:
+            del header[key]
+        else:
+            header[key] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = np.random.default_rng(5).normal(0, 1e-3, (24, 20))
+    fits.PrimaryHDU(data, header).writeto(path)
+    return path
+
+
+def one_source(image: Any, config: Config) -> Any:
+    """Find one source at the centre of any map, in the way of `hyperjax.extract`."""
+    catalog = QTable()
+    for column in COLUMNS:
+        value = {str: image.name, int: 1, float: 2.0}[column.dtype]
+        catalog[column.name] = np.array([value]) << column.unit if column.unit else [value]
+    ny, nx = image.shape
+    centre = image.wcs.pixel_to_world(nx / 2, ny / 2).icrs
+    catalog["RA"], catalog["DEC"] = centre.ra.reshape(1), centre.dec.reshape(1)
+    nothing = np.zeros(image.shape)
+    return SimpleNamespace(
+        map=image,
+        config=config,
+        catalog=catalog,
+        model=nothing,
+        background=nothing,
+        residual=image.data,
+        rms=np.full(image.shape, 1e-3),
+    )
+
+
+@pytest.fixture
+def extract_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Let surveys in this process use another extraction, and draw nothing."""
+    monkeypatch.setattr(survey, "write_extraction", partial(write_extraction, plots=False))
+
+    def use(extract: Any) -> None:
+        monkeypatch.setattr(survey, "_extractor", lambda cores: extract)
+
+    use(one_source)
+    return use
+
+
+def products(out: Path) -> list[str]:
+    """Names of the files below a folder that are not logs."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.suffix != ".log")
+    return sorted(str(path.relative_to(out)) for path in files)
+
+
+# --- One map -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("extract_with")
+def test_good_map_gives_catalogue_files_times_and_log(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "orion.fits")
+    (outcome,) = run([path], Config(), tmp_path / "out")
+    assert outcome.ok
+    assert (outcome.path, outcome.name, outcome.n_sources) == (path, "orion", 1)
+    assert outcome.rms == 1e-3
+    assert set(outcome.steps) == {"read", "start", "extract", "write"}
+    assert outcome.seconds == sum(outcome.steps.values()) > 0
+    assert outcome.files[0] == tmp_path / "out/params/params_orion.ecsv"
+    assert all(file.is_file() for file in outcome.files)
+    assert outcome.log == tmp_path / "out/logs/orion.log"
+    assert "orion: 1 sources" in outcome.log.read_text()
+
+
+def test_what_the_configuration_says_of_the_map_reaches_the_reader(
+    tmp_path: Path, extract_with: Callable[[Any], None]
+) -> None:
+    path = write_map(tmp_path / "m.fits", BUNIT=None, BMAJ=None, BMIN=None)
+    options = {"units": {"map_unit": "MJy/sr"}, "survey": {"beam_fwhm_arcsec": 7}}
+    seen = []
+
+    def look(image: Any, config: Config) -> Any:
+        seen.append(image)
+        return one_source(image, config)
+
+    extract_with(look)
+    (outcome,) = run([path], config_from_dict(options), tmp_path / "out")
+    assert outcome.ok
+    assert seen[0].beam.fwhm_arcsec == 7
+    assert seen[0].unit == "MJy/sr"
+
+
+def test_bad_map_fails_alone(tmp_path: Path, extract_with: Callable[[Any], None]) -> None:
+    def refuse_bad(image: Any, config: Config) -> Any:
+        if image.name == "bad":
+            raise BlankMapError("bad.fits: blank")
+        return one_source(image, config)
+
+    extract_with(refuse_bad)
+    maps = [write_map(tmp_path / f"{name}.fits") for name in ("a", "bad", "c")]
+    outcomes = list(run(maps, Config(), tmp_path / "out"))
+    assert [outcome.ok for outcome in outcomes] == [True, False, True]
+    assert (outcomes[1].error, outcomes[1].exit_code) == ("bad.fits: blank", 3)
+    assert not any("bad" in name for name in products(tmp_path / "out"))
+    assert "bad.fits: blank" in (tmp_path / "out/logs/bad.log").read_text()
+    merged = QTable.read(tmp_path / "out/params/params_ALL.ecsv")
+    assert list(merged["MAP_ID"]) == ["a", "c"]
+
+
+def test_unforeseen_exception_is_reported_with_its_log(
+    tmp_path: Path, extract_with: Callable[[Any], None]
+) -> None:
+    def divide(image: Any, config: Config) -> Any:
+        return 1 / 0
+
+    extract_with(divide)
+    (outcome,) = run([write_map(tmp_path / "m.fits")], Config(), tmp_path / "out")
+    assert outcome.exit_code == 1
+    assert outcome.error
+    assert "ZeroDivisionError" in outcome.error
+    assert str(outcome.log) in outcome.error
+    assert "\n" not in outcome.error
+    assert "return 1 / 0" in (outcome.traceback or "")
+    assert "return 1 / 0" in (tmp_path / "out/logs/m.log").read_text()
+
+
+def test_interrupt_is_not_a_failure_of_the_map(
+    tmp_path: Path, extract_with: Callable[[Any], None]
+) -> None:
+    def interrupt(image: Any, config: Config) -> Any:
+        raise KeyboardInterrupt
+
+    extract_with(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(run([write_map(tmp_path / "m.fits")], Config(), tmp_path / "out"))
+
+
+# --- Several maps --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("extract_with")
+def test_maps_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    maps = [write_map(tmp_path / folder / "m.fits") for folder in ("red", "blue")]
+    outcomes = list(run(maps, Config(), tmp_path / "out"))
+    assert [outcome.name for outcome in outcomes] == ["red_m", "blue_m"]
+    assert [outcome.catalog["MAP_ID"][0] for outcome in outcomes if outcome.catalog] == [
+        "red_m",
+        "blue_m",
+    ]
+    assert "params/params_red_m.ecsv" in products(tmp_path / "out")
+    assert "red_m" in (tmp_path / "out/logs/hyperjax.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/x/a.fits", "/x/b.fits.gz", "/x/c.fits.fz"], ["a", "b", "c"]),
+        (["/x/1/a.fits", "/y/1/a.fits"], ["1_a", "y_1_a"]),
+        (["/x/a.fits", "/x/a.fits.gz"], ["x_a", "a_2"]),
+        (["/x/m.fits", "/y/M.fits"], ["x_m", "y_M"]),
+        (["/x/b_a.fits", "/b/a.fits", "/c/a.fits"], ["b_a", "a_2", "c_a"]),
+        (["/x/ALL.fits", "/x/hyperjax.fits"], ["x_ALL", "x_hyperjax"]),
+        (["/a.fits", "/a.fits.gz"], ["a_2", "a_3"]),
+    ],
+)
+def test_names_are_unique_and_no_longer_than_needed(paths: list[str], names: list[str]) -> None:
+    assert list(survey._unique_names(paths, Config()).values()) == names
+
+
+@pytest.mark.usefixtures("extract_with")
+def test_map_given_twice_is_worked_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_map(tmp_path / "m.fits")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(run([path, "m.fits"], Config(), tmp_path / "out"))) == 1
+
+
+def test_nothing_is_written_if_no_map_is_there(tmp_path: Path) -> None:
+    (outcome,) = run([tmp_path / "m.fits"], Config(), tmp_path / "out")
+    assert outcome.exit_code == MissingFileError.exit_code
+    assert outcome.log is None
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("at", ["out", "out/params", "out/logs"])
+def test_file_in_place_of_an_output_folder_is_found_first(
+    tmp_path: Path, extract_with: Callable[[Any], None], at: str
+) -> None:
+    extract_with(None)
+    (tmp_path / at).parent.mkdir(exist_ok=True)
+    (tmp_path / at).touch()
+    with pytest.raises(OutputError, match=str(tmp_path / at)):
+        list(run([write_map(tmp_path / "m.fits")], Config(), tmp_path / "out"))
+
+
+def outcome_of(index: int, exit_code: int) -> MapOutcome:
+    error = "m.fits: bad" if exit_code else None
+    return MapOutcome(Path("m"), "m", index, {}, error=error, exit_code=exit_code)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([0], 0),
+        ([0, 0], 0),
+        ([0, 3], 1),
+        ([2], 2),
+        ([3], 3),
+        ([3, 3], 3),
+        ([2, 2], 2),
+        ([2, 3], 3),
+        ([1], 1),
+    ],
+)
+def test_exit_code(codes: list[int], expected: int, tmp_path: Path) -> None:
+    outcomes = [outcome_of(index, code) for index, code in enumerate(codes)]
+    layout = Layout.from_config(Config(), tmp_path)
+    result = survey_result(outcomes[::-1], layout)
+    assert result.exit_code == expected
+    assert [outcome.index for outcome in result.outcomes] == list(range(len(codes)))
+    assert len(result.finished) + len(result.failed) == len(codes)
+
+
+def test_no_map_finished_means_no_catalogue(tmp_path: Path) -> None:
+    result = SurveyResult((outcome_of(0, 3),), Layout.from_config(Config(), tmp_path))
+    assert result.catalog is None
+
+
+# --- run_hyper -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("extract_with")
+@pytest.mark.parametrize("kind", ["path", "text", "mapping", "config"])
+def test_run_hyper_takes_a_file_or_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write_map(tmp_path / "maps/m.fits")
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "paths": {"input": {"dir_maps": "maps"}, "output": {"dir_root": "results"}},
+        "files": {"file_map_name": "m.fits"},
+    }
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "paths: {input: {dir_maps: maps}, output: {dir_root: results}}\n"
+        "files: {file_map_name: m.fits}\n"
+    )
+    given = {
+        "path": file,
+        "text": str(file),
+        "mapping": options,
+        "config": config_from_dict(options),
+    }
+    result = run_hyper(given[kind])
+    assert result.exit_code == 0
+    assert result.catalog is not None
+    assert len(result.catalog) == 1
+    assert result.merged_table == tmp_path / "results/params/params_ALL.ecsv"
+    assert result.merged_table.is_file()
+
+
+def test_run_hyper_raises_for_a_missing_configuration(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match="no such configuration"):
+        run_hyper(tmp_path / "c.yaml")
+
+
+def test_number_of_jobs_follows_the_configuration() -> None:
+    assert n_jobs(config_from_dict({"control": {"n_cores": 7}})) == 7
+    assert n_jobs(config_from_dict({"control": {"n_cores": 7, "parallel_maps": False}})) == 1
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+def task_named(name: str, index: int, out: Path) -> Any:
+    config = Config()
+    layout = Layout.from_config(config, out)
+    return survey._Task(Path(f"{name}.fits"), name, index, config, layout, logging.INFO)
+
+
+def die_over_b(task: Any) -> MapOutcome:
+    if task.name == "b":
+        os._exit(9)
+    logging.getLogger("hyperjax.test").info("%s in process %d", task.name, os.getpid())
+    return outcome_of(task.index, 0)
+
+
+def sleep(task: Any) -> MapOutcome:
+    (Path(task.layout.logs).parent / f"{task.name}.{os.getpid()}").touch()
+    time.sleep(120)
+    return outcome_of(task.index, 0)
+
+
+def test_dying_process_takes_one_map_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = [task_named(name, index, tmp_path) for index, name in enumerate("abcd")]
+    with caplog.at_level(logging.INFO, "hyperjax"):
+        outcomes = sorted(survey._in_processes(tasks, 2, die_over_b), key=lambda o: o.index)
+    assert [outcome.ok for outcome in outcomes] == [True, False, True, True]
+    assert outcomes[1].exit_code == 1
+    assert "b.fits: the process that worked on it ended" in str(outcomes[1].error)
+    messages = [r.getMessage() for r in caplog.records if r.name == "hyperjax.test"]
+    assert sorted(message[0] for message in messages) == ["a", "c", "d"]
+    assert str(os.getpid()) not in {message.split()[-1] for message in messages}
+
+
+def test_stopping_early_ends_the_processes(tmp_path: Path) -> None:
+    start = time.monotonic()
+    tasks = [task_named("a", 0, tmp_path), task_named("b", 1, tmp_path)]
+    working = survey._in_processes(tasks, 2, sleep)
+    stop = [time.monotonic() + 60]
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < stop[0]:
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(survey, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(working))
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - start < 60
+
+
+def test_outcomes_of_other_processes_are_put_in_order(tmp_path: Path) -> None:
+    path = write_map(tmp_path / "no_beam.fits", BMAJ=None)
+    maps = [tmp_path / "missing.fits", path]
+    outcomes = run(maps, Config(), tmp_path / "out", jobs=2)
+    result = survey_result(outcomes, Layout.from_config(Config(), tmp_path / "out"))
+    assert [outcome.exit_code for outcome in result.outcomes] == [2, 3]
+    assert "no_beam.fits" in (tmp_path / "out/logs/no_beam.log").read_text()
+    assert "no_beam.fits" in (tmp_path / "out/logs/hyperjax.log").read_text()
+
+
+# --- Logs ----------------------------------------------------------------------------------------
+
+
+def test_log_file_leaves_the_loggers_as_they_were(tmp_path: Path) -> None:
+    library = logging.getLogger("hyperjax")
+    before = (library.level, list(library.handlers))
+    with log_file(tmp_path / "logs/m.log"):
+        logging.getLogger("hyperjax.maps").info("read")
+        logging.getLogger("hyperjax.maps").debug("a detail")
+        assert "read" in (tmp_path / "logs/m.log").read_text()
+    logging.getLogger("hyperjax.maps").info("later")
+    text = (tmp_path / "logs/m.log").read_text()
+    assert text.count("\n") == 1
+    assert "INFO    hyperjax.maps: read" in text
+    assert (library.level, library.handlers) == before
+
+
+def test_log_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(OutputError, match=r"m\.log"), log_file(tmp_path / "logs/m.log"):
+        pass
+
+
+def test_collected_records_are_handled_again_where_they_are_wanted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = logging.getLogger("hyperjax.fitting")
+    with collected(logging.INFO) as records:
+        log.info("fitted %d groups", 3)
+        log.warning("slow")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hyperjax"):
+        replay(records)
+    assert [record.getMessage() for record in caplog.records] == ["slow"]
+    assert [record.getMessage() for record in records] == ["fitted 3 groups", "slow"]
