@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hyperjax.fitting import SourceFits
+    from hyperjax.sources import SourceFits
     from hyperjax.maps import LocalGeometry, Map
     from hyperjax.photometry import Apertures
 

@@ -332,7 +332,11 @@ def _with_progress(
 
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn())
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         bar = progress.add_task("maps", total=total)
         for number, outcome in enumerate(outcomes, start=1):

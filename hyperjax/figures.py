@@ -42,6 +42,7 @@ _PANEL_PIXELS = 1024  # larger images are averaged to about this many pixels a s
 _STACK_RATIO = 1.8  # panels of maps wider than this lie on top of each other
 _EQUAL_RATIO = 6.0  # the pixels of maps longer than this are not drawn square
 _LABEL_LIMIT = 150  # IDs are drawn up to this many sources
+_LABEL_REACH = 1.6  # distance of an ID from its source, in semi-axes of the ellipse
 _OUTLINE_POINTS = 48
 _PULL_RANGE = 5.0  # deviations beyond are counted in the outermost bins
 _TICK_INCHES = 0.9  # between the ticks of sky coordinates, about
@@ -126,8 +127,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     OutputError
         If the file cannot be written.
     """
+    options: dict[str, Any] = (
+        {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
+    )  # faster
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI)
+        figure.savefig(temporary, dpi=_DPI, **options)
 
 
 def _panel_images(extraction: Extraction) -> _Images:
@@ -310,12 +314,14 @@ def _draw_labels(axes: WCSAxes, outlines: NDArray[np.float64], labels: NDArray[A
     distance = np.hypot(*offset.T).T
     np.fill_diagonal(distance, np.inf)
     crowded_right = offset[np.arange(len(centre)), distance.argmin(axis=1), 0] > 0
-    beside_edge = centre[:, 0] > 0.95 * axes.get_xlim()[1]
-    for outline, label, left in zip(outlines, labels, crowded_right | beside_edge, strict=True):
+    across = (centre[:, 0] - axes.get_xlim()[0]) / np.ptp(axes.get_xlim())
+    on_left = (across > 0.95) | (crowded_right & (across > 0.05))
+    for outline, label, left in zip(outlines, labels, on_left, strict=True):
         x, y = outline.T
+        reach = _LABEL_REACH * np.ptp(x) / 2
         axes.annotate(
             str(label),
-            (x.min() if left else x.max(), y.mean()),
+            (x.mean() + (-reach if left else reach), y.mean()),
             xytext=(-1.5 if left else 1.5, 0),
             textcoords="offset points",
             ha="right" if left else "left",
@@ -354,13 +360,14 @@ def _colour_ticks(norm: AsinhNorm) -> list[float]:
     low, high = np.asarray(norm.inverse([0.0, 1.0]), float)
     span = max(-low, high)
     powers = 10.0 ** np.arange(np.floor(np.log10(span)), np.floor(np.log10(span)) - 6, -1)
-    ladder = [0.0, *(sign * step * p for step in (1, 5, 2) for p in powers for sign in (1, -1))]
-    ticks: list[float] = []
-    for value in ladder:
-        inside = low <= value <= high
-        if inside and all(abs(norm(value) - norm(tick)) > _TICK_DISTANCE for tick in ticks):
-            ticks.append(value)
-    return sorted(ticks)
+    steps = np.array([1, -1, 5, -5, 2, -2])
+    ladder = np.append(0.0, np.outer(steps, powers))
+    ladder = ladder[(ladder >= low) & (ladder <= high)]
+    chosen: dict[float, float] = {}
+    for value, place in zip(ladder, np.asarray(norm(ladder), float), strict=True):
+        if all(abs(place - other) > _TICK_DISTANCE for other in chosen.values()):
+            chosen[float(value)] = place
+    return sorted(chosen)
 
 
 def _draw_title(figure: Figure, map: Map, sources: int, images: _Images) -> None:
@@ -371,7 +378,8 @@ def _draw_title(figure: Figure, map: Map, sources: int, images: _Images) -> None
         f"beam {beam.major_arcsec:.3g}″ × {beam.minor_arcsec:.3g}″",
     ]
     if abs(images.level) > 0.1 * images.noise:
-        facts.append(f"background level {images.level:.3g} mJy/beam subtracted")
+        level = f"{images.level:.3g}".replace("-", "−")
+        facts.append(f"background level {level} mJy/beam subtracted")
     height = figure.get_figheight()
     size = min(12.0, 120 * figure.get_figwidth() / max(len(map.name), 1))  # a long name shrinks
     figure.text(

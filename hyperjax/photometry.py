@@ -22,7 +22,7 @@ from hyperjax.maps import FWHM_PER_SIGMA
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from hyperjax.fitting import SourceFits
+    from hyperjax.sources import SourceFits
 
 _REACH = 6.0
 """How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""

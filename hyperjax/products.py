@@ -234,7 +234,8 @@ def _output_errors(target: Path) -> Iterator[None]:
 def _refusal(target: Path, error: OSError) -> str:
     """Return one line: what could not be written, why, and what to do."""
     reason = " ".join((error.strerror or str(error)).split())
-    in_the_way = next((p for p in target.parents if os.path.lexists(p) and not os.path.isdir(p)), None)
+    existing = filter(os.path.lexists, target.parents)
+    in_the_way = next((folder for folder in existing if not os.path.isdir(folder)), None)
     if in_the_way:
         return f"{in_the_way}: a file is in the place of an output folder; {_REMEDY}"
     if os.path.isdir(target):

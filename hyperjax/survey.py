@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import Counter, deque
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 SOME_FAILED = 1
 """Exit code where some of several maps failed, and that of errors that nobody foresaw."""
 
+_LAST_SECONDS = 2.0  # that a process whose parent has died has to clean up
 _MERGED = "ALL"  # stands for the map's name in the names of the merged tables
 
 
@@ -479,7 +481,8 @@ def _in_processes(
         while waiting or running:
             while waiting and idle:
                 task, process = waiting.popleft(), idle.pop()
-                running[process.submit(_report, work, task)] = task, process
+                with _interrupts_held():
+                    running[process.submit(_report, work, task)] = task, process
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, process = running.pop(future)
                 idle.append(_usable(process, future))
@@ -505,15 +508,42 @@ def _usable(process: ProcessPoolExecutor, future: "Future[_Report]") -> ProcessP
     return _new_process()
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait while a process starts, which inherits that and so leaves it to this one."""
+    if threading.current_thread() is not threading.main_thread():  # it sets no signal handlers
+        yield
+        return
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        signal.raise_signal(signal.SIGINT)
+
+
 def _begin_process() -> None:
-    """When told to end, do so without a word and with the temporary files removed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end_process)
+    """When told to end, do so with the temporary files removed; do not outlive the parent."""
+    signal.signal(signal.SIGTERM, _end_process)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.captureWarnings(True)
 
 
 def _end_process(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # removes temporary files
+        time.sleep(_LAST_SECONDS)
+        os._exit(1)  # the queues of the pool keep it waiting for work otherwise
 
 
 def _report(work: _Work, task: _Task) -> _Report:

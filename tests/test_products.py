@@ -148,6 +148,13 @@ def test_write_extraction_writes_the_products_and_nothing_else(layout, tmp_path)
     assert written[-1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_ecsv_table_appears_last(layout, monkeypatch):
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: (renamed.append(args[1]), replace(*args)))
+    write_extraction(make_extraction(), layout)
+    assert renamed[-1] == layout.table("M1")
+
+
 def test_images_and_plots_can_be_left_out(layout, tmp_path):
     write_extraction(make_extraction(), layout, images=False, plots=False)
     assert files_in(tmp_path / "out") == sorted(PRODUCTS[:5])

@@ -313,7 +313,7 @@ def die_over_b(task: Any) -> MapOutcome:
 
 
 def sleep(task: Any) -> MapOutcome:
-    (Path(task.layout.logs).parent / f"{task.name}.{os.getpid()}").touch()
+    (task.layout.logs.parent / f"{task.name}.{os.getpid()}").touch()
     time.sleep(120)
     return outcome_of(task.index, 0)
 
@@ -332,23 +332,54 @@ def test_dying_process_takes_one_map_with_it(
     assert str(os.getpid()) not in {message.split()[-1] for message in messages}
 
 
-def test_stopping_early_ends_the_processes(tmp_path: Path) -> None:
-    start = time.monotonic()
-    tasks = [task_named("a", 0, tmp_path), task_named("b", 1, tmp_path)]
-    working = survey._in_processes(tasks, 2, sleep)
-    stop = [time.monotonic() + 60]
+def processes_in(folder: Path, n: int, timeout: float = 60) -> list[int]:
+    """Wait until n processes sleep over a map; their numbers."""
+    end = time.monotonic() + timeout
+    while len(list(folder.glob("?.*"))) < n and time.monotonic() < end:
+        time.sleep(0.05)
+    return [int(path.suffix[1:]) for path in folder.glob("?.*")]
 
-    def interrupted(*args: Any, **keywords: Any) -> Any:
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < stop[0]:
-            time.sleep(0.05)
+
+def test_stopping_early_ends_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **keywords: Any) -> Any:
+        assert len(processes_in(tmp_path, 2)) == 2
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survey, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            next(iter(working))
+    monkeypatch.setattr(survey, "wait", interrupt)
+    start = time.monotonic()
+    tasks = [task_named("a", 0, tmp_path), task_named("b", 1, tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        next(survey._in_processes(tasks, 2, sleep))
     assert multiprocessing.active_children() == []
     assert time.monotonic() - start < 60
+
+
+def sleep_over_two_maps(folder: Path) -> None:
+    tasks = [task_named("a", 0, folder), task_named("b", 1, folder)]
+    list(survey._in_processes(tasks, 2, sleep))
+
+
+def test_processes_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("spawn").Process(
+        target=sleep_over_two_maps, args=(tmp_path,)
+    )
+    parent.start()
+    children = processes_in(tmp_path, 2)
+    parent.kill()
+    parent.join()
+    end = time.monotonic() + 30
+    while any(map(is_alive, children)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(children) == 2
+    assert not any(map(is_alive, children))
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs (a dead one that nobody waits for does not)."""
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def test_outcomes_of_other_processes_are_put_in_order(tmp_path: Path) -> None:

@@ -1,0 +1,291 @@
+"""Polynomial backgrounds: fitted on their own round the masked sources, and put together to a map.
+
+A background belongs to a block of sources and is a polynomial over the scaled coordinates of the
+block's window (`hyperjax.models.Grid`): the centre of the window is 0, its edge 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from astropy.stats import mad_std
+from numpy.typing import NDArray
+
+from hyperjax.config import Config
+from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
+from hyperjax.groups import Windows, buckets, cut_out, overlap, windows
+from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.sources import SourceFits
+
+MAX_ORDER = 4
+_MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
+_MASK_SIZE = 1.5  # of the beam: sizes are not known yet
+_CLIP_ROUNDS = 3
+_CLIP_SIGMA = 3.0
+_TAPER = 0.5  # of the margin, from where a background fades into the map's level
+
+
+def powers(order: int) -> NDArray[np.int_]:
+    """Exponents (monomial, 2) of x and y, in the order of `hyperjax.models.monomials`."""
+    return np.array([(total - b, b) for total in range(order + 1) for b in range(total + 1)], int)
+
+
+def evaluate(
+    coefficients: NDArray[np.float64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    centre: tuple[float, float],
+    half: float,
+) -> NDArray[np.float64]:
+    """A polynomial of `coefficients` at pixel positions, with its `centre` and scale `half`."""
+    u, v = (np.asarray(x) - centre[0]) / half, (np.asarray(y) - centre[1]) / half
+    order = int((np.sqrt(8 * len(coefficients) + 1) - 3) / 2)
+    out = np.zeros(np.broadcast_shapes(u.shape, v.shape))
+    for coefficient, (a, b) in zip(coefficients, powers(order), strict=True):
+        out += coefficient * u**a * v**b
+    return out
+
+
+class Backgrounds(NamedTuple):
+    """Backgrounds of all blocks, in the coordinates of their windows (`Windows`).
+
+    `coefficients` (block, monomial), and the `orders` (block,), -1 where there is none.
+    """
+
+    coefficients: NDArray[np.float64]
+    orders: NDArray[np.int_]
+
+    @classmethod
+    def empty(cls, count: int) -> "Backgrounds":
+        """No background for any of `count` blocks."""
+        return cls(np.zeros((count, len(powers(MAX_ORDER)))), np.full(count, -1))
+
+    def at(
+        self, placed: Windows, block: int, x: NDArray[np.float64], y: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The background of a block at pixel positions of the map."""
+        return evaluate(self.coefficients[block], x, y, *_frame(placed, block))
+
+    def images(self, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
+        """Backgrounds (block, side, side) on the windows of blocks of one bucket."""
+        grid = np.arange(int(placed.side[which[0]]))
+        return np.stack(
+            [
+                self.at(
+                    placed, block, grid[None, :] + placed.x0[block], grid[:, None] + placed.y0[block]
+                )
+                for block in which
+            ]
+        )
+
+
+def level_at(
+    placed: Windows, backgrounds: Backgrounds, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The background (n,) under each source, from that of its block."""
+    level = np.full(len(x), np.nan)
+    for block, members in enumerate(placed.members):
+        level[members] = backgrounds.at(placed, block, x[members], y[members])
+    return level
+
+
+def mosaic(
+    shape: tuple[int, int], placed: Windows, backgrounds: Backgrounds, fits: SourceFits, level: float
+) -> NDArray[np.float64]:
+    """One background image from those of all blocks.
+
+    A pixel has the background of the block whose source is nearest, which fades into the `level`
+    of the map from half the window's margin to the whole of it.
+    """
+    out = np.full(shape, level)
+    nearest = np.full(shape, np.inf)
+    grid = np.arange(int(placed.side.max())) if len(placed.side) else np.zeros(0, int)
+    for block, members in enumerate(placed.members):
+        side, x0, y0 = int(placed.side[block]), int(placed.x0[block]), int(placed.y0[block])
+        here, there = overlap(x0, y0, side, shape)
+        x, y = grid[None, :side] + x0, grid[:side, None] + y0
+        distance = np.min(
+            [np.hypot(x - fits.x[source], y - fits.y[source]) for source in members], axis=0
+        )
+        fade = np.clip((1 - distance / placed.margin) / (1 - _TAPER), 0, 1)
+        image = level + fade * (backgrounds.at(placed, block, x, y) - level)
+        mine = distance[here] < nearest[there]
+        out[there] = np.where(mine, image[here], out[there])
+        nearest[there] = np.minimum(distance[here], nearest[there])
+    return out
+
+
+def separate_backgrounds(
+    data: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    placed: Windows,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    fwhm_pix: float,
+    config: Config,
+) -> Backgrounds:
+    """Fit a polynomial to the surroundings of every block, with all sources masked.
+
+    Every margin from `fix_min_box` to `fix_max_box` (in steps of one beam FWHM; 0 takes the whole
+    map) and every one of `pol_orders_separate` is a candidate; the best by `min_method` on the
+    pixels of the smallest box, which are common to all, is kept.
+    """
+    options, method = config.background, config.fit_options.min_method
+    image = np.where(_near_sources(data.shape, x, y, fwhm_pix), np.nan, data)
+    smallest = windows(placed.members, x, y, max(options.fix_min_box, 1.0) * fwhm_pix)
+    best, score = Backgrounds.empty(len(placed.members)), np.full(len(placed.members), np.inf)
+    for margin in _margins(options.fix_min_box, options.fix_max_box):
+        for order in options.pol_orders_separate:
+            if margin == 0:
+                fitted = _of_whole_map(image, rms, placed, order)
+            else:
+                boxes = windows(placed.members, x, y, margin * fwhm_pix)
+                fitted = _of_boxes(image, rms, boxes, placed, x, y, order)
+            value = _score(image, rms, placed, fitted, smallest, x, y, method)
+            better = value < score
+            score[better] = value[better]
+            best.coefficients[better], best.orders[better] = fitted.coefficients[better], order
+    return best
+
+
+def _frame(placed: Windows, block: int) -> tuple[tuple[float, float], float]:
+    """Centre and scale of the coordinates of a block's window, in pixels of the map."""
+    middle = (float(placed.side[block]) - 1) / 2
+    centre = (float(placed.x0[block]) + middle, float(placed.y0[block]) + middle)
+    return centre, float(placed.side[block]) / 2
+
+
+def _margins(smallest: float, largest: float) -> list[float]:
+    """Margins to try, in beam FWHM."""
+    if smallest == 0:
+        return [0.0]
+    return [smallest + step for step in range(int(largest - smallest) + 1)]
+
+
+def _of_boxes(
+    image: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    boxes: Windows,
+    placed: Windows,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    order: int,
+) -> Backgrounds:
+    """The polynomial of each block's box."""
+    fitted = Backgrounds.empty(len(boxes.members))
+    fitted.orders[:] = order
+    for which in buckets(boxes).values():
+        pixels, noise = cut_out(image, boxes, which), cut_out(rms, boxes, which)
+        pixels[~within_reach(boxes, which, x, y, boxes.margin)] = np.nan
+        for block, coefficients in zip(which, _polynomials(pixels, noise, order), strict=True):
+            moved = _moved(coefficients, _frame(boxes, block), _frame(placed, block))
+            fitted.coefficients[block, : len(moved)] = moved
+    return fitted
+
+
+def _of_whole_map(
+    image: NDArray[np.float64], rms: NDArray[np.float64], placed: Windows, order: int
+) -> Backgrounds:
+    """The polynomial of the whole map, for every block."""
+    ny, nx = image.shape
+    frame = (((nx - 1) / 2, (ny - 1) / 2), max(nx, ny) / 2)
+    coefficients = _polynomials(image[None], rms[None], order)[0]
+    fitted = Backgrounds.empty(len(placed.members))
+    fitted.orders[:] = order
+    for block in range(len(placed.members)):
+        moved = _moved(coefficients, frame, _frame(placed, block))
+        fitted.coefficients[block, : len(moved)] = moved
+    return fitted
+
+
+def _polynomials(
+    pixels: NDArray[np.float64], noise: NDArray[np.float64], order: int
+) -> NDArray[np.float64]:
+    """Sigma-clipped polynomial fits: coefficients (box, monomial) of boxes (box, ny, nx)."""
+    count, ny, nx = pixels.shape
+    nothing = np.zeros((count, 1, 6))
+    usable = np.isfinite(pixels) & np.isfinite(noise) & (noise > 0)
+    data, inverse_noise = np.nan_to_num(pixels), 1 / np.where(usable, noise, 1.0)
+    half, centre = max(ny, nx) / 2, ((nx - 1) / 2, (ny - 1) / 2)
+    grid_x, grid_y = np.arange(nx)[None, :], np.arange(ny)[:, None]
+    for _ in range(_CLIP_ROUNDS):
+        weight = np.where(usable, inverse_noise**2, 0.0)
+        batch = GroupBatch(
+            data, weight, nothing, nothing, nothing, nothing != 0, np.zeros((count, 1), bool)
+        )
+        coefficients = np.asarray(fit_groups(batch, FitOptions(order=order)).coefficients)
+        for row, terms in enumerate(coefficients):
+            residual = (data[row] - evaluate(terms, grid_x, grid_y, centre, half)) * inverse_noise[row]
+            if usable[row].any():
+                spread = mad_std(residual[usable[row]])
+                usable[row] &= np.abs(residual) <= _CLIP_SIGMA * spread
+    return coefficients
+
+
+def _moved(
+    coefficients: NDArray[np.float64],
+    old: tuple[tuple[float, float], float],
+    new: tuple[tuple[float, float], float],
+) -> NDArray[np.float64]:
+    """The same polynomial in the coordinates of another frame (centre, scale)."""
+    (centre, half), order = new, int((np.sqrt(8 * len(coefficients) + 1) - 3) / 2)
+    grid = half * np.linspace(-1, 1, order + 2)
+    x, y = (axis.ravel() for axis in np.meshgrid(centre[0] + grid, centre[1] + grid))
+    u, v = (x - centre[0]) / half, (y - centre[1]) / half
+    basis = np.column_stack([u**a * v**b for a, b in powers(order)])
+    return np.asarray(np.linalg.lstsq(basis, evaluate(coefficients, x, y, *old), rcond=None)[0])
+
+
+def _score(
+    image: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    placed: Windows,
+    fitted: Backgrounds,
+    common: Windows,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    method: str,
+) -> NDArray[np.float64]:
+    """nmse, reduced chi^2 or BIC of each block's polynomial on the pixels common to all boxes."""
+    score = np.full(len(placed.members), np.inf)
+    terms = len(powers(int(fitted.orders.max())))
+    for which in buckets(common).values():
+        pixels, noise = cut_out(image, common, which), cut_out(rms, common, which)
+        inside = within_reach(common, which, x, y, common.margin)
+        grid = np.arange(pixels.shape[1])
+        for row, block in enumerate(which):
+            use = inside[row] & np.isfinite(pixels[row]) & (noise[row] > 0)
+            columns, rows = grid[None, :] + common.x0[block], grid[:, None] + common.y0[block]
+            model = fitted.at(placed, int(block), columns, rows)
+            residual = ((pixels[row] - model) / noise[row])[use]
+            score[block] = _goodness(residual, (pixels[row] / noise[row])[use], terms, method)
+    return score
+
+
+def _goodness(
+    residual: NDArray[np.float64], data: NDArray[np.float64], terms: int, method: str
+) -> float:
+    """One number, lower for the better fit, of residuals in units of the noise."""
+    n, chi2 = len(residual), float(np.sum(residual**2))
+    if n <= terms:
+        return np.inf
+    if method == "nmse":
+        return chi2 / max(float(np.sum((data - data.mean()) ** 2)), np.finfo(float).tiny)
+    if method == "redchi":
+        return chi2 / (n - terms)
+    return n * np.log(max(chi2, np.finfo(float).tiny) / n) + terms * np.log(n)
+
+
+def _near_sources(
+    shape: tuple[int, int], x: NDArray[np.float64], y: NDArray[np.float64], fwhm_pix: float
+) -> NDArray[np.bool_]:
+    """Pixels that a source covers, down to 0.1353 of its peak."""
+    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
+    reach = int(np.ceil(radius))
+    grid = np.arange(-reach, reach + 1)
+    out = np.zeros(shape, bool)
+    for column, row in zip(x, y, strict=True):
+        x0, y0 = round(float(column)), round(float(row))
+        near = (grid + x0 - column) ** 2 + (grid[:, None] + y0 - row) ** 2 <= radius**2
+        here, there = overlap(x0 - reach, y0 - reach, len(grid), shape)
+        out[there] |= near[here]
+    return out

@@ -1,0 +1,282 @@
+"""Where the compact sources of a map are.
+
+The steps are HYPER's (Traficante et al. 2015, MNRAS 451, 3089): a high-pass filter takes away what
+is larger than a source, DAOStarFinder finds peaks in what is left, and peaks are dropped that lie
+at an edge, next to a brighter one, or below the threshold. Unlike HYPER's, peaks are measured
+and the noise is taken on the filtered map: on a structured background the value of the map itself
+says little about a compact source.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from astropy.stats import sigma_clipped_stats
+from numpy.typing import NDArray
+from photutils.detection import DAOStarFinder
+from scipy import ndimage
+from scipy.spatial import KDTree
+
+from hyperjax.config import Detection
+from hyperjax.errors import MapTooSmallError
+
+logger = logging.getLogger(__name__)
+
+_FINDER_SIGMA = 2.0  # of the filtered map: low, since the threshold proper comes last
+_FILTER_PEAK = 100.0
+_LEAST_FILTER_FWHM = 4.0  # a narrower high-pass filter takes away the source itself
+
+
+class Detections(NamedTuple):
+    """Peaks, brightest first: arrays (n,).
+
+    Attributes
+    ----------
+    x, y
+        0-based pixel position.
+    peak
+        Value of the filtered map at the peak, in the map's unit.
+    snr
+        `peak` over `rms`.
+    rms
+        Noise at the peak, in the map's unit.
+    shoulder_score
+        Asymmetry of the ring round the peak over the peak: near 0 for an isolated source, near 1
+        on the flank of a brighter one.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    peak: NDArray[np.float64]
+    snr: NDArray[np.float64]
+    rms: NDArray[np.float64]
+    shoulder_score: NDArray[np.float64]
+
+
+def detect(
+    filtered: NDArray[np.float64],
+    rms: float,
+    fwhm_pix: float,
+    options: Detection,
+    *,
+    edge_pix: float,
+    separation_pix: float,
+    source: str = "map",
+) -> Detections:
+    """Find the compact sources of a map.
+
+    Parameters
+    ----------
+    filtered
+        The map after `high_pass`, NaN where blank.
+    rms
+        Noise of the filtered map.
+    fwhm_pix
+        FWHM of the beam in pixels.
+    options
+        The configuration's section `detection`.
+    edge_pix
+        Peaks closer than this to the image's edge or to a blank pixel are dropped.
+    separation_pix
+        Of two peaks closer than this the brighter is kept.
+    source
+        What to call the map in messages.
+    """
+    x, y = find_peaks(filtered, fwhm_pix, options.roundlim, options.sharplim)
+    logger.debug("%s: %d peaks in the filtered map", source, len(x))
+    clear = ndimage.distance_transform_edt(np.pad(np.isfinite(filtered), 1))[1:-1, 1:-1]
+    inside = clear[_nearest(y, filtered.shape[0]), _nearest(x, filtered.shape[1])] > edge_pix
+    x, y = x[inside], y[inside]
+    x, y = snap(filtered, x, y, options.snap_radius_pix)
+    peak = local_peak(filtered, x, y, options.snap_radius_pix)
+    order = np.argsort(-peak, kind="stable")
+    order = order[peak[order] >= options.sigma_thres * rms]
+    order = order[brightest_within(x[order], y[order], separation_pix)]
+    x, y, peak = x[order], y[order], peak[order]
+    score = shoulder_score(filtered, x, y, peak, fwhm_pix, options)
+    found = Detections(x, y, peak, peak / rms, np.full(len(x), rms), score)
+    if options.shoulder_filter:
+        keep = score < options.shoulder_threshold
+        logger.info("%s: %d peaks dropped as shoulders", source, np.sum(~keep))
+        found = Detections(*(column[keep] for column in found))
+    return found
+
+
+def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: str) -> int:
+    """Side of the high-pass filter's box in pixels, odd: `wanted`, or floor(FWHM)^2 where that is 0.
+
+    HYPER's floor(FWHM)^2 is below the size of a source for beams of less than four pixels; there the
+    box is four FWHM instead.
+
+    Raises
+    ------
+    MapTooSmallError
+        If the image is smaller than the filter.
+    """
+    size = wanted or max(int(fwhm_pix) ** 2, int(np.ceil(_LEAST_FILTER_FWHM * fwhm_pix)))
+    size += 1 - size % 2
+    if size > min(shape):
+        raise MapTooSmallError(
+            f"{source}: the map, {shape[1]} x {shape[0]} pixels, is smaller than the detection "
+            f"filter of {size} pixels; set detection.kernel_size_pix, or check the beam "
+            f"({fwhm_pix:.3g} pixels FWHM)"
+        )
+    return size
+
+
+def high_pass(data: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """The image minus its mean in a square box of `size` pixels; blank pixels count nowhere."""
+    valid = np.isfinite(data)
+    share = ndimage.uniform_filter(valid.astype(float), size, mode="constant")
+    level = np.mean(data[valid])
+    total = ndimage.uniform_filter(np.where(valid, data - level, 0.0), size, mode="constant")
+    mean = level + np.divide(total, share, out=np.zeros_like(total), where=valid)
+    return np.where(valid, data - mean, np.nan)
+
+
+def find_peaks(
+    filtered: NDArray[np.float64],
+    fwhm_pix: float,
+    roundlim: tuple[float, float],
+    sharplim: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions (x, y) of the peaks of a high-pass filtered map, by DAOStarFinder."""
+    positive = np.clip(np.nan_to_num(filtered), 0, None)
+    positive *= _FILTER_PEAK / max(float(positive.max()), np.finfo(float).tiny)
+    scatter = sigma_clipped_stats(positive[np.isfinite(filtered)], sigma=3.0, maxiters=10)[2]
+    finder = DAOStarFinder(
+        threshold=_FINDER_SIGMA * scatter,
+        fwhm=fwhm_pix,
+        sharpness_range=sharplim,
+        roundness_range=roundlim,
+        min_separation=0,
+    )
+    table = finder.find_stars(positive)
+    if table is None:
+        return np.zeros(0), np.zeros(0)
+    return np.array(table["x_centroid"], float), np.array(table["y_centroid"], float)
+
+
+def snap(
+    data: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Move each position to the centroid of the 3 x 3 pixels round the brightest one in reach.
+
+    The weights are the values above the smallest of the nine.
+    """
+    if len(x) == 0:
+        return x, y
+    column, row = _brightest_pixel(data, x, y, radius)
+    step = np.arange(-1, 2)
+    rows = row[:, None, None] + step[None, :, None]
+    columns = column[:, None, None] + step[None, None, :]
+    values = _at(data, rows, columns)
+    lowest = np.min(np.where(np.isfinite(values), values, np.inf), axis=(1, 2), keepdims=True)
+    weights = np.where(np.isfinite(values), values - lowest, 0.0)
+    total = np.sum(weights, axis=(1, 2))
+    flat = total <= 0
+    total = np.where(flat, 1.0, total)
+    x_new = column + np.sum(weights * step[None, None, :], axis=(1, 2)) / total
+    y_new = row + np.sum(weights * step[None, :, None], axis=(1, 2)) / total
+    return np.where(flat, column, x_new), np.where(flat, row, y_new)
+
+
+def local_peak(
+    data: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
+) -> NDArray[np.float64]:
+    """Value of the brightest pixel within `radius` (and at least the nearest) of each position."""
+    if len(x) == 0:
+        return np.zeros(0)
+    column, row = _brightest_pixel(data, x, y, radius)
+    return data[row, column]
+
+
+def brightest_within(
+    x: NDArray[np.float64], y: NDArray[np.float64], separation: float
+) -> NDArray[np.int_]:
+    """Indices of the peaks that have no kept brighter one closer than `separation`.
+
+    Positions are given brightest first.
+    """
+    keep = np.ones(len(x), bool)
+    if len(x) > 1 and separation > 0:
+        pairs = KDTree(np.column_stack([x, y])).query_pairs(separation, output_type="ndarray")
+        for bright, faint in pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]:
+            if keep[bright]:
+                keep[faint] = False
+    return np.flatnonzero(keep)
+
+
+def shoulder_score(
+    data: NDArray[np.float64],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    peak: NDArray[np.float64],
+    fwhm_pix: float,
+    options: Detection,
+) -> NDArray[np.float64]:
+    """Asymmetry of the ring round each peak over the peak.
+
+    Opposite points of a ring of radius `shoulder_ring_factor` x FWHM are compared; the score is
+    the largest difference over the peak. Points within `shoulder_neighbor_mask` x FWHM of another
+    peak, or blank, are left out with their opposites, since a companion is no flank.
+    """
+    if len(x) == 0:
+        return np.zeros(0)
+    angles = 2 * np.pi * np.arange(options.shoulder_n_angles) / options.shoulder_n_angles
+    radius = options.shoulder_ring_factor * fwhm_pix
+    ring_x = x[:, None] + radius * np.cos(angles)
+    ring_y = y[:, None] + radius * np.sin(angles)
+    values = ndimage.map_coordinates(
+        np.nan_to_num(data, nan=0.0), [ring_y, ring_x], order=1, mode="nearest"
+    )
+    usable = np.isfinite(_at(data, np.rint(ring_y).astype(int), np.rint(ring_x).astype(int)))
+    usable &= ~_near_others(x, y, ring_x, ring_y, options.shoulder_neighbor_mask * fwhm_pix)
+    half = options.shoulder_n_angles // 2
+    both = usable[:, :half] & usable[:, half : 2 * half]
+    difference = np.abs(values[:, :half] - values[:, half : 2 * half])
+    return np.max(np.where(both, difference, 0.0), axis=1) / peak
+
+
+def _near_others(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    ring_x: NDArray[np.float64],
+    ring_y: NDArray[np.float64],
+    radius: float,
+) -> NDArray[np.bool_]:
+    """Whether a point of a source's ring lies within `radius` of another source."""
+    tree = KDTree(np.column_stack([x, y]))
+    neighbours = min(3, len(x))  # the source itself and two more
+    distance, index = tree.query(np.stack([ring_x, ring_y], -1), k=np.arange(1, neighbours + 1))
+    other = index != np.arange(len(x))[:, None, None]
+    return np.any(other & (distance < radius), axis=-1)
+
+
+def _nearest(position: NDArray[np.float64], size: int) -> NDArray[np.int_]:
+    """The nearest pixel along an axis, within the image."""
+    return np.clip(np.rint(position).astype(int), 0, size - 1)
+
+
+def _at(
+    data: NDArray[np.float64], rows: NDArray[np.int_], columns: NDArray[np.int_]
+) -> NDArray[np.float64]:
+    """Pixel values, NaN outside the image."""
+    ny, nx = data.shape
+    inside = (rows >= 0) & (rows < ny) & (columns >= 0) & (columns < nx)
+    return np.where(inside, data[np.clip(rows, 0, ny - 1), np.clip(columns, 0, nx - 1)], np.nan)
+
+
+def _brightest_pixel(
+    data: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
+) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """Column and row of the brightest pixel whose centre is within `radius` of the nearest one's."""
+    reach = int(radius)
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    near = np.hypot(dx, dy) <= radius
+    rows = _nearest(y, data.shape[0])[:, None] + dy[near]
+    columns = _nearest(x, data.shape[1])[:, None] + dx[near]
+    values = _at(data, rows, columns)
+    best = np.argmax(np.where(np.isfinite(values), values, -np.inf), axis=1)
+    every = np.arange(len(x))
+    return columns[every, best], rows[every, best]

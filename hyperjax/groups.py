@@ -1,0 +1,147 @@
+"""Which sources are fitted together, and in which window of the map.
+
+Linked groups are cut into blocks that the engine takes in one go (almost always a group is one
+block), and each block gets a square window whose side is one of a few sizes, so that few different
+fits have to be compiled.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import KDTree
+
+SLOTS = (1, 2, 4, 8)
+"""Numbers of sources that blocks are padded to; a larger group is cut into blocks."""
+
+SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Sides that windows are enlarged to, pixels."""
+
+
+class Windows(NamedTuple):
+    """Square windows of blocks of sources: arrays with one entry per block.
+
+    Attributes
+    ----------
+    members
+        Indices of the block's sources.
+    x0, y0
+        Pixel of the map at the window's first corner; may lie outside the map.
+    side
+        Side in pixels.
+    margin
+        Pixels further than this from every one of the block's sources are not fitted.
+    """
+
+    members: list[NDArray[np.int_]]
+    x0: NDArray[np.int_]
+    y0: NDArray[np.int_]
+    side: NDArray[np.int_]
+    margin: float
+
+
+def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDArray[np.int_]:
+    """Label the groups of the transitive closure of "closer than `distance`", numbered from 0."""
+    n = len(x)
+    if n == 0:
+        return np.zeros(0, int)
+    pairs = KDTree(np.column_stack([x, y])).query_pairs(distance, output_type="ndarray")
+    links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    return connected_components(links, directed=False)[1].astype(int)
+
+
+def blocks(
+    labels: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> list[NDArray[np.int_]]:
+    """Members of each block: the groups, those too large for the engine cut in two as often as needed.
+
+    A cut goes across the longer extent of the group, through its median. What it separates is
+    fitted jointly all the same if the blocks are fitted in turns.
+    """
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(labels) else []
+    return [block for group in groups for block in _cut(group, x, y)]
+
+
+def _cut(
+    members: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> list[NDArray[np.int_]]:
+    if len(members) <= SLOTS[-1]:
+        return [members]
+    along = max((x[members], y[members]), key=np.ptp)
+    ranked = members[np.argsort(along, kind="stable")]
+    half = len(ranked) // 2
+    return _cut(ranked[:half], x, y) + _cut(ranked[half:], x, y)
+
+
+def windows(
+    members: list[NDArray[np.int_]],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    margin: float,
+) -> Windows:
+    """Put a window round each block, at least `margin` pixels beyond its outermost sources."""
+    low = np.array([[x[m].min(), y[m].min()] for m in members]).reshape(-1, 2)
+    high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
+    needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
+    side = np.array(SIDES)[np.minimum(np.searchsorted(SIDES, needed), len(SIDES) - 1)]
+    corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
+    return Windows(members, corner[:, 0], corner[:, 1], side, margin)
+
+
+def buckets(placed: Windows) -> dict[tuple[int, int], NDArray[np.int_]]:
+    """Indices of the blocks that share the side of their window and their number of slots."""
+    sizes = np.array([len(m) for m in placed.members], int)
+    slots = np.array(SLOTS)[np.searchsorted(SLOTS, sizes)] if len(sizes) else sizes
+    keys = sorted(set(zip(placed.side.tolist(), slots.tolist(), strict=True)))
+    return {
+        (side, count): np.flatnonzero((placed.side == side) & (slots == count))
+        for side, count in keys
+    }
+
+
+def cut_out(
+    image: NDArray[np.float64], placed: Windows, which: NDArray[np.int_], fill: float = np.nan
+) -> NDArray[np.float64]:
+    """Cutouts (block, side, side) of blocks of one bucket; `fill` outside the image."""
+    side = int(placed.side[which[0]])
+    ny, nx = image.shape
+    out = np.full((len(which), side, side), fill)
+    for cutout, x0, y0 in zip(out, placed.x0[which], placed.y0[which], strict=True):
+        here, there = overlap(int(x0), int(y0), side, (ny, nx))
+        cutout[here] = image[there]
+    return out
+
+
+def overlap(
+    x0: int, y0: int, side: int, shape: tuple[int, int]
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Slices of a window, and of the image, for their common pixels."""
+    ny, nx = shape
+    top, left = max(y0, 0), max(x0, 0)
+    bottom, right = max(min(y0 + side, ny), top), max(min(x0 + side, nx), left)
+    return (
+        (slice(top - y0, bottom - y0), slice(left - x0, right - x0)),
+        (slice(top, bottom), slice(left, right)),
+    )
+
+
+def within_reach(
+    placed: Windows,
+    which: NDArray[np.int_],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    reach: float,
+) -> NDArray[np.bool_]:
+    """Pixels (block, side, side) within `reach` of one of the block's own sources."""
+    side = int(placed.side[which[0]])
+    grid = np.arange(side)
+    out = np.zeros((len(which), side, side), bool)
+    for mask, block in zip(out, which, strict=True):
+        for source in placed.members[block]:
+            dx = grid[None, :] + placed.x0[block] - x[source]
+            dy = grid[:, None] + placed.y0[block] - y[source]
+            mask |= dx**2 + dy**2 <= reach**2
+    return out

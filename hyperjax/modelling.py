@@ -1,0 +1,434 @@
+"""Model all sources of a map: Gaussians on a background, fitted group by group.
+
+All groups are fitted at once, bucket by bucket. Sources outside a group but in its window are
+masked at first, then subtracted as they came out of the sweep before (`fit_options.sweeps`).
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperjax.background import Backgrounds, level_at, mosaic, separate_backgrounds
+from hyperjax.catalog import FLAGS
+from hyperjax.config import Config
+from hyperjax.detection import Detections
+from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
+from hyperjax.groups import Windows, blocks, buckets, cut_out, link, windows, within_reach
+from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.photometry import render_sources
+from hyperjax.sources import SourceFits
+
+logger = logging.getLogger(__name__)
+
+_START_SIZE = 1.2  # of the beam: sources are rarely smaller
+_PEAK_HEADROOM = 3.0  # upper bound of the peak over the brightest pixel in reach
+_WIDER = 2.0  # bounds of the second try
+_MASK_FWHM = 1.0  # radius round a source outside the group, before it is known
+
+
+class Modelled(NamedTuple):
+    """Sources of a map and the background under them; images (ny, nx) in Jy/beam."""
+
+    fits: SourceFits
+    model: NDArray[np.float64]
+    background: NDArray[np.float64]
+
+
+class _Start(NamedTuple):
+    """Start and bounds of every source: arrays (n, 6) as in `GroupBatch`."""
+
+    start: NDArray[np.float64]
+    lower: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    free: NDArray[np.bool_]
+
+
+def model_sources(
+    data: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    detections: Detections,
+    fwhm_pix: float,
+    config: Config,
+) -> Modelled:
+    """Fit every detected source of a map together with the background under it.
+
+    Parameters
+    ----------
+    data, rms
+        (ny, nx) brightness (NaN where blank) and noise, Jy/beam.
+    detections
+        Positions to start from.
+    fwhm_pix
+        FWHM of the beam in pixels.
+    config
+        The sections fit_options, background and photometry are read.
+    """
+    options = config.fit_options
+    x, y = detections.x, detections.y
+    group = link(x, y, options.group_distance_fwhm * fwhm_pix)
+    placed = windows(blocks(group, x, y), x, y, options.window_fwhm * fwhm_pix)
+    start = _first_guess(data, detections, fwhm_pix, config)
+    separate = None
+    if config.background.fit_gauss_and_bg_separately:
+        separate = separate_backgrounds(data, rms, placed, x, y, fwhm_pix, config)
+
+    fits = None
+    for sweep in range(options.sweeps):
+        fits, backgrounds = _sweep(data, rms, placed, start, fits, separate, fwhm_pix, config)
+        fits = fits._replace(group=group, group_size=np.bincount(group)[group] if len(x) else group)
+        logger.debug("sweep %d: %d groups, %d sources", sweep + 1, len(placed.members), len(x))
+    if fits is None:
+        raise ValueError("fit_options.sweeps must be at least 1")
+    level = float(np.nanmedian(data))
+    return Modelled(
+        fits, render_sources(data.shape, fits), mosaic(data.shape, placed, backgrounds, fits, level)
+    )
+
+
+def _first_guess(
+    data: NDArray[np.float64], found: Detections, fwhm_pix: float, config: Config
+) -> _Start:
+    """Start values and bounds from the detections and the beam."""
+    options, sizes = config.fit_options, config.photometry
+    sigma = fwhm_pix / FWHM_PER_SIGMA
+    shift = max(1.0, options.position_range_fwhm * fwhm_pix)
+    n = len(found.x)
+    low, high = sizes.aper_inf * sigma, sizes.aper_sup * sigma
+    size = np.full(n, np.clip(_START_SIZE * sigma, low, high))
+    start = np.column_stack([found.peak, found.x, found.y, size, size, np.zeros(n)])
+    ones = np.ones(n)
+    lower = np.column_stack(
+        [0 * found.peak, found.x - shift, found.y - shift, low * ones, low * ones, 0 * ones]
+    )
+    upper = np.column_stack(
+        [
+            _PEAK_HEADROOM * found.peak,
+            found.x + shift,
+            found.y + shift,
+            high * ones,
+            high * ones,
+            np.pi * ones,
+        ]
+    )
+    free = np.ones((n, 6), bool)
+    free[:, 1:3] = options.vary
+    return _Start(start, lower, upper, free)
+
+
+def _sweep(
+    data: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    placed: Windows,
+    start: _Start,
+    last: SourceFits | None,
+    separate: Backgrounds | None,
+    fwhm_pix: float,
+    config: Config,
+) -> tuple[SourceFits, Backgrounds]:
+    """Fit all blocks once, with what is known of the others (`last`) subtracted."""
+    n = len(start.start)
+    fits, backgrounds = _empty_fits(n), Backgrounds.empty(len(placed.members))
+    total = None if last is None else render_sources(data.shape, last)
+    for (_, slots), which in buckets(placed).items():
+        image = _window_data(data, placed, which, last, total)
+        noise = cut_out(rms, placed, which)
+        weight = _weights(image, noise, placed, which, start.start, config, last is None, fwhm_pix)
+        if separate is not None:
+            image = image - separate.images(placed, which)
+        batch = _batch(image, weight, placed, which, slots, start, last)
+        result, order, second = _best_fit(batch, config)
+        _store(fits, result, order, second, placed, which)
+        backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
+        backgrounds.orders[which] = order
+    if separate is not None:
+        total_order = np.maximum(backgrounds.orders, separate.orders)
+        backgrounds = Backgrounds(backgrounds.coefficients + separate.coefficients, total_order)
+        for block, members in enumerate(placed.members):
+            fits.order[members] = total_order[block]
+    level = level_at(placed, backgrounds, fits.x, fits.y)
+    return fits._replace(background=level), backgrounds
+
+
+def _window_data(
+    data: NDArray[np.float64],
+    placed: Windows,
+    which: NDArray[np.int_],
+    last: SourceFits | None,
+    total: NDArray[np.float64] | None,
+) -> NDArray[np.float64]:
+    """Cutouts of the map without the sources outside each block."""
+    image = cut_out(data, placed, which)
+    if last is None or total is None:
+        return image
+    image -= cut_out(total, placed, which, fill=0.0)
+    for cutout, block in zip(image, which, strict=True):
+        cutout += render_sources(cutout.shape, _shifted(last, placed, int(block)))
+    return image
+
+
+def _shifted(fits: SourceFits, placed: Windows, block: int) -> SourceFits:
+    """The block's own sources in the coordinates of its window."""
+    own = SourceFits(*(column[placed.members[block]] for column in fits))
+    return own._replace(x=own.x - placed.x0[block], y=own.y - placed.y0[block])
+
+
+def _weights(
+    image: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    placed: Windows,
+    which: NDArray[np.int_],
+    guess: NDArray[np.float64],
+    config: Config,
+    mask_others: bool,
+    fwhm_pix: float,
+) -> NDArray[np.float64]:
+    """Inverse variance of the fitted pixels, 0 elsewhere."""
+    x, y = guess[:, 1], guess[:, 2]
+    inside = within_reach(placed, which, x, y, placed.margin)
+    usable = np.isfinite(image) & np.isfinite(noise) & (noise > 0) & inside
+    if config.fit_options.weights == "null":
+        noise = np.broadcast_to(np.nanmedian(noise, axis=(1, 2), keepdims=True), noise.shape)
+    if mask_others:
+        usable &= ~_near_others(placed, which, x, y, _MASK_FWHM * fwhm_pix)
+    return np.where(usable, 1 / np.where(usable, noise, 1.0) ** 2, 0.0)
+
+
+def _near_others(
+    placed: Windows,
+    which: NDArray[np.int_],
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    radius: float,
+) -> NDArray[np.bool_]:
+    """Pixels (block, side, side) nearer than `radius` to a source outside the block.
+
+    Pixels that are nearer to one of the block's own sources are left in.
+    """
+    side = int(placed.side[which[0]])
+    grid = np.arange(side)
+    out = np.zeros((len(which), side, side), bool)
+    for mask, block in zip(out, which, strict=True):
+        x0, y0 = placed.x0[block], placed.y0[block]
+        close = (np.abs(x - x0 - side / 2) < side / 2 + radius) & (
+            np.abs(y - y0 - side / 2) < side / 2 + radius
+        )
+        close[placed.members[block]] = False
+        if not close.any():
+            continue
+        own = _distance(grid, x[placed.members[block]] - x0, y[placed.members[block]] - y0)
+        other = _distance(grid, x[close] - x0, y[close] - y0)
+        mask |= (other < radius) & (other < own)
+    return out
+
+
+def _distance(
+    grid: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Distance of every pixel of a window to the nearest of some positions."""
+    square = (grid[None, None, :] - x[:, None, None]) ** 2 + (
+        grid[None, :, None] - y[:, None, None]
+    ) ** 2
+    return np.sqrt(square.min(axis=0))
+
+
+def _batch(
+    image: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    placed: Windows,
+    which: NDArray[np.int_],
+    slots: int,
+    start: _Start,
+    last: SourceFits | None,
+) -> GroupBatch:
+    """Pad the blocks to the bucket's slots."""
+    shape = (len(which), slots, 6)
+    arrays = {name: np.zeros(shape) for name in ("start", "lower", "upper")}
+    free, present = np.zeros(shape, bool), np.zeros(shape[:2], bool)
+    current = start.start if last is None else _as_params(last)
+    for row, block in enumerate(which):
+        members = placed.members[block]
+        corner = np.array([0, placed.x0[block], placed.y0[block], 0, 0, 0])
+        count = len(members)
+        arrays["start"][row, :count] = current[members] - corner
+        arrays["lower"][row, :count] = start.lower[members] - corner
+        arrays["upper"][row, :count] = start.upper[members] - corner
+        free[row, :count] = start.free[members]
+        present[row, :count] = True
+    return GroupBatch(np.nan_to_num(image), weight, **arrays, free=free, present=present)
+
+
+def _best_fit(
+    batch: GroupBatch, config: Config
+) -> tuple[FitResult, NDArray[np.int_], NDArray[np.bool_]]:
+    """The best background order of each group, with a second try for fits that failed.
+
+    Returns the fits (coefficients padded with zeros to the highest order), the orders, and which
+    fits needed the second try.
+    """
+    background, best = config.background, None
+    orders = background.polynomial_orders if background.fit_gauss_and_bg_together else (-1,)
+    widest = max(orders)
+    chosen = np.full(len(batch.data), orders[0])
+    again = np.zeros(len(batch.data), bool)
+    for order in orders:
+        result = fit_groups(batch, _fit_options(config, order))
+        result, repeated = _second_try(batch, result, config, order)
+        result = result._replace(coefficients=_widened(result.coefficients, widest))
+        result = result._replace(covariance=result.covariance[:, : _n(batch), : _n(batch)])
+        if best is None:
+            best, again = result, repeated
+            continue
+        better = _criterion(result, config) < _criterion(best, config)
+        best = _merge(better, result, best)
+        chosen[better] = order
+        again = np.where(better, repeated, again)
+    if best is None:
+        raise ValueError("background.polynomial_orders is empty")
+    return best, chosen, again
+
+
+def _n(batch: GroupBatch) -> int:
+    """Source parameters of a group."""
+    return batch.start.shape[1] * batch.start.shape[2]
+
+
+def _second_try(
+    batch: GroupBatch, result: FitResult, config: Config, order: int
+) -> tuple[FitResult, NDArray[np.bool_]]:
+    """Fit again, with wider bounds, what did not converge."""
+    failed = (result.status != CONVERGED) & (batch.weight > 0).any(axis=(1, 2))
+    if not failed.any():
+        return result, failed
+    some = GroupBatch(*(leaf[failed] for leaf in batch))
+    middle, half = (some.lower + some.upper) / 2, (some.upper - some.lower) / 2
+    lower, upper = middle - _WIDER * half, middle + _WIDER * half
+    lower[..., 0] = 0
+    lower[..., 3:5] = some.lower[..., 3:5] / _WIDER
+    upper[..., 3:5] = some.upper[..., 3:5] * _WIDER
+    tried = fit_groups(some._replace(lower=lower, upper=upper), _fit_options(config, order))
+    improved = np.zeros(len(failed), bool)
+    improved[failed] = tried.status == CONVERGED
+    spread = [np.zeros((len(failed), *leaf.shape[1:]), leaf.dtype) for leaf in tried]
+    for leaf, values in zip(spread, tried, strict=True):
+        leaf[failed] = values
+    return _merge(improved, FitResult(*spread), result), improved
+
+
+def _merge(mask: NDArray[np.bool_], new: FitResult, old: FitResult) -> FitResult:
+    return FitResult(
+        *(
+            np.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+            for a, b in zip(new, old, strict=True)
+        )
+    )
+
+
+def _fit_options(config: Config, order: int) -> FitOptions:
+    options = config.fit_options
+    return FitOptions(
+        order=order,
+        loss=options.loss,
+        f_scale=options.f_scale,
+        lambda_l2=options.lambda_l2 if options.use_l2_regularization else 0.0,
+        ftol=options.ftol,
+        xtol=options.xtol,
+        gtol=options.gtol,
+        max_steps=options.max_nfev,
+    )
+
+
+def _criterion(result: FitResult, config: Config) -> NDArray[np.float64]:
+    values = {"nmse": result.nmse, "redchi": result.chi2_red, "bic": result.bic}
+    return np.asarray(values[config.fit_options.min_method])
+
+
+def _widened(coefficients: NDArray[np.float64], order: int) -> NDArray[np.float64]:
+    """Pad polynomial coefficients with zeros to a higher order."""
+    missing = (order + 1) * (order + 2) // 2 - coefficients.shape[1]
+    return np.pad(coefficients, ((0, 0), (0, missing)))
+
+
+def _as_params(fits: SourceFits) -> NDArray[np.float64]:
+    return np.column_stack(fits[:6])
+
+
+def _empty_fits(n: int) -> SourceFits:
+    floats = {
+        name: np.full(n, np.nan)
+        for name in SourceFits._fields
+        if name not in ("covariance", "group", "group_size", "order", "niter", "status", "flags")
+    }
+    integers = {
+        name: np.zeros(n, int)
+        for name in ("group", "group_size", "order", "niter", "status", "flags")
+    }
+    return SourceFits(**floats, **integers, covariance=np.full((n, 6, 6), np.nan))
+
+
+def _store(
+    fits: SourceFits,
+    result: FitResult,
+    order: NDArray[np.int_],
+    second: NDArray[np.bool_],
+    placed: Windows,
+    which: NDArray[np.int_],
+) -> None:
+    """Put the results of a bucket's blocks in the places of their sources."""
+    for row, block in enumerate(which):
+        members = placed.members[block]
+        count = len(members)
+        params = result.params[row, :count]
+        for column, values in zip(fits[:6], params.T, strict=True):
+            column[members] = values
+        fits.x[members] += placed.x0[block]
+        fits.y[members] += placed.y0[block]
+        for slot, member in enumerate(members):
+            own = slice(6 * slot, 6 * slot + 6)
+            fits.covariance[member] = result.covariance[row, own, own]
+        converged = result.status[row] == CONVERGED
+        fits.order[members] = order[row]
+        fits.nmse[members] = result.nmse[row]
+        fits.chi2_red[members] = result.chi2_red[row]
+        fits.bic[members] = result.bic[row]
+        fits.niter[members] = result.steps[row]
+        fits.status[members] = (2 if second[row] else 1) if converged else 0
+        fits.flags[members] = _bound_flags(result.on_bound[row, :count])
+        if result.status[row] == STEP_LIMIT:
+            fits.flags[members] |= FLAGS.STEP_LIMIT
+
+
+def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
+    """Flags of the bounds (source, 6) that a fit ended on."""
+    return np.asarray(
+        FLAGS.PEAK_ON_BOUND * on_bound[:, 0]
+        + FLAGS.POSITION_ON_BOUND * on_bound[:, 1:3].any(axis=1)
+        + FLAGS.SIZE_ON_BOUND * on_bound[:, 3:5].any(axis=1)
+    )
+
+
+def detected_only(
+    data: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    detections: Detections,
+    fwhm_pix: float,
+    config: Config,
+) -> Modelled:
+    """Sources of the size of the beam at the detected peaks, without any fit (status 0)."""
+    n, sigma = len(detections.x), fwhm_pix / FWHM_PER_SIGMA
+    group = link(detections.x, detections.y, config.fit_options.group_distance_fwhm * fwhm_pix)
+    fits = _empty_fits(n)._replace(
+        peak=detections.peak,
+        x=detections.x,
+        y=detections.y,
+        sigma_major=np.full(n, sigma),
+        sigma_minor=np.full(n, sigma),
+        theta=np.zeros(n),
+        group=group,
+        group_size=np.bincount(group)[group] if n else group,
+        order=np.full(n, -1),
+    )
+    level = np.full(data.shape, float(np.nanmedian(data)))
+    fits.background[:] = level[0, 0]
+    return Modelled(fits, render_sources(data.shape, fits), level)
