@@ -11,7 +11,7 @@ from astropy.stats import mad_std
 from numpy.typing import NDArray
 
 from hyperjax.config import Config
-from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
+from hyperjax.fitting import GroupBatch, fit_groups
 from hyperjax.groups import Windows, buckets, cut_out, overlap, windows
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.sources import SourceFits
@@ -210,9 +210,16 @@ def _polynomials(
     for _ in range(_CLIP_ROUNDS):
         weight = np.where(usable, inverse_noise**2, 0.0)
         batch = GroupBatch(
-            data, weight, nothing, nothing, nothing, nothing != 0, np.zeros((count, 1), bool)
+            data=data,
+            weight=weight,
+            start=nothing,
+            lower=nothing,
+            upper=nothing,
+            free=nothing != 0,
+            present=np.zeros((count, 1), bool),
+            order=np.full(count, order),
         )
-        coefficients = np.asarray(fit_groups(batch, FitOptions(order=order)).coefficients)
+        coefficients = fit_groups(batch).coefficients[:, : len(powers(order))]
         for row, terms in enumerate(coefficients):
             residual = (data[row] - evaluate(terms, grid_x, grid_y, centre, half)) * inverse_noise[row]
             if usable[row].any():

@@ -518,7 +518,7 @@ class Background(_Section):
     polynomial_orders: Annotated[
         Some[Order], Differs((0,), "backgrounds have slopes, which a constant leaves in the flux")
     ] = Field(
-        default=(1,),
+        default=(0, 1, 2),
         description="Orders of the joint polynomial that are tried; the best is kept [order].",
     )
     pol_orders_bkg_no_sources: Some[Order] = Field(

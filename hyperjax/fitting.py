@@ -45,6 +45,7 @@ __all__ = [
 PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
+_ORDERS = (2, 4)  # that code is compiled for; lower ones hold coefficients at 0
 _BLOCKS = (64, 512, 4096)  # problems per call: few sizes, so few compilations
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -67,6 +68,8 @@ class GroupBatch(NamedTuple):
         (group, slot, 6) False where a parameter is held at its start.
     present
         (group, slot) False for slots that hold no source.
+    order
+        (group,) order of the polynomial background that is fitted with the sources, -1 for none.
     """
 
     data: Float[Array, "group ny nx"]
@@ -76,15 +79,14 @@ class GroupBatch(NamedTuple):
     upper: Float[Array, "group slot 6"]
     free: Bool[Array, "group slot 6"]
     present: Bool[Array, "group slot"]
+    order: Int[Array, " group"]
 
 
 class FitOptions(NamedTuple):
-    """How to fit. `order` and `loss` shape the compiled code; the others are data.
+    """How to fit. `loss` shapes the compiled code; the others are data.
 
     Attributes
     ----------
-    order
-        Order of the polynomial background fitted with the sources; -1 for none.
     loss
         "linear", "soft_l1", "huber" or "cauchy", as in `scipy.optimize.least_squares`.
     f_scale
@@ -95,7 +97,6 @@ class FitOptions(NamedTuple):
         When to stop (`hyperjax.solver.Tolerances`).
     """
 
-    order: int = 1
     loss: str = "linear"
     f_scale: float = 1.0
     lambda_l2: float = 0.0
@@ -113,7 +114,8 @@ class FitResult(NamedTuple):
     params
         (group, slot, 6) peak, x, y, sigma_major >= sigma_minor, theta in [0, pi).
     coefficients
-        (group, monomial) of the background over `models.monomials`, in scaled coordinates.
+        (group, monomial) of the background over `models.monomials`, in scaled coordinates; 0 beyond
+        the group's order.
     covariance
         (group, P, P) of the sources' parameters and then the coefficients: the inverse of the
         Gauss-Newton matrix at the optimum; 0 for what was held, NaN where it is singular.
@@ -198,7 +200,8 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     """
     batch = _validated(batch, options)
     count, ny, nx = batch.data.shape
-    model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], options.order, options.loss)
+    highest = next(order for order in _ORDERS if batch.order.max() <= order)
+    model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
     knobs = _Knobs.of(options, batch.data.dtype)
     devices = jax.local_devices()
     pieces = []
@@ -238,6 +241,7 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     slots = arrays.present.shape[1] if arrays.present.ndim == 2 else 0
     shapes = {"weight": arrays.data.shape, "present": (count, slots)}
     shapes |= dict.fromkeys(("start", "lower", "upper", "free"), (count, slots, SHAPE))
+    shapes["order"] = (count,)
     for name, shape in shapes.items():
         if getattr(arrays, name).shape != shape or slots == 0:
             raise FitInputError(f"{name}: expected {shape}; got {getattr(arrays, name).shape}")
@@ -248,12 +252,12 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         name: np.ascontiguousarray(getattr(arrays, name), dtype)
         for name in ("data", "weight", "start", "lower", "upper")
     }
-    arrays = arrays._replace(**floats, free=arrays.free.astype(bool))
+    arrays = arrays._replace(
+        **floats, free=arrays.free.astype(bool), order=arrays.order.astype(np.int32)
+    )
     _check_values(arrays)
     if options.loss not in LOSSES:
         raise FitInputError(f"loss: {options.loss!r} is not one of {', '.join(LOSSES)}")
-    if not -1 <= options.order <= 4:
-        raise FitInputError(f"order: {options.order} is not in -1..4")
     return arrays
 
 
@@ -267,6 +271,8 @@ def _check_values(batch: GroupBatch) -> None:
         raise FitInputError("start: not finite")
     if not (batch.start[there][:, MAJOR : MINOR + 1] > 0).all():
         raise FitInputError("start: sigma_major and sigma_minor must be positive")
+    if not ((batch.order >= -1) & (batch.order <= _ORDERS[-1])).all():
+        raise FitInputError(f"order: must be -1 (no background) to {_ORDERS[-1]}")
     bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA]
     if not bounded.all() or not (batch.lower[there][:, MINOR] > 0).all():
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
@@ -330,13 +336,14 @@ def _to_problem(model: GaussianGroup, knobs: _Knobs, group: GroupBatch) -> tuple
     spread = jnp.where(spread > 0, spread, 1)
     unit = spread * jnp.sqrt(jnp.sum(share * ((data - mean) / spread) ** 2) / total)
     unit = jnp.where(unit > 0, unit, 1)
-    offset = mean if model.order >= 0 else jnp.zeros_like(mean)
+    offset = jnp.where(group.order >= 0, mean, 0)
     scale = _Scale(offset, unit, mean_weight)
 
     engine = functools.partial(_to_engine, model.grid, unit)
     start, lower, upper = jax.vmap(engine)(group.start), group.lower, group.upper
     start = jnp.where(group.present[:, None], start, jnp.zeros(SHAPE, start.dtype))
-    smooth = len(monomials(model.order))
+    degrees = np.array([sum(powers) for powers in monomials(model.order)])
+    smooth = len(degrees)
     edge = jnp.full(smooth, jnp.inf, start.dtype)
     free = group.free & group.present[:, None]
     problem = Problem(
@@ -345,7 +352,7 @@ def _to_problem(model: GaussianGroup, knobs: _Knobs, group: GroupBatch) -> tuple
         start=jnp.concatenate([start.ravel(), jnp.zeros(smooth, start.dtype)]),
         lower=jnp.concatenate([_bounds(model.grid, unit, lower, MINOR, -1).ravel(), -edge]),
         upper=jnp.concatenate([_bounds(model.grid, unit, upper, MAJOR, +1).ravel(), edge]),
-        free=jnp.concatenate([free.ravel(), jnp.ones(smooth, bool)]),
+        free=jnp.concatenate([free.ravel(), degrees <= group.order]),
         ridge=jnp.concatenate(
             [jnp.zeros(start.size, start.dtype), jnp.full(smooth, knobs.lambda_l2, start.dtype)]
         ),
@@ -443,8 +450,7 @@ def _to_result(
     held = group.present[:, None] & group.free
     sources = jnp.where(held | _moved_shape(group), sources, group.start)
     coefficients = params[count:]
-    if model.order >= 0:
-        coefficients = coefficients.at[0].add(scale.offset)
+    coefficients = coefficients.at[0].add(scale.offset)
 
     inner = _covariance(solution, problem)
     slope = jax.jacfwd(natural)(solution.params)

@@ -256,7 +256,9 @@ def _batch(
         arrays["upper"][row, :count] = start.upper[members] - corner
         free[row, :count] = start.free[members]
         present[row, :count] = True
-    return GroupBatch(np.nan_to_num(image), weight, **arrays, free=free, present=present)
+    return GroupBatch(
+        np.nan_to_num(image), weight, **arrays, free=free, present=present, order=np.zeros(len(which))
+    )
 
 
 def _best_fit(
@@ -264,38 +266,28 @@ def _best_fit(
 ) -> tuple[FitResult, NDArray[np.int_], NDArray[np.bool_]]:
     """The best background order of each group, with a second try for fits that failed.
 
-    Returns the fits (coefficients padded with zeros to the highest order), the orders, and which
-    fits needed the second try.
+    Every order is one more problem of the batch. Returns the fits, the orders, and which fits
+    needed the second try.
     """
-    background, best = config.background, None
+    background = config.background
     orders = background.polynomial_orders if background.fit_gauss_and_bg_together else (-1,)
-    widest = max(orders)
-    chosen = np.full(len(batch.data), orders[0])
-    again = np.zeros(len(batch.data), bool)
-    for order in orders:
-        result = fit_groups(batch, _fit_options(config, order))
-        result, repeated = _second_try(batch, result, config, order)
-        result = result._replace(coefficients=_widened(result.coefficients, widest))
-        result = result._replace(covariance=result.covariance[:, : _n(batch), : _n(batch)])
-        if best is None:
-            best, again = result, repeated
-            continue
-        better = _criterion(result, config) < _criterion(best, config)
-        best = _merge(better, result, best)
-        chosen[better] = order
-        again = np.where(better, repeated, again)
-    if best is None:
-        raise ValueError("background.polynomial_orders is empty")
-    return best, chosen, again
-
-
-def _n(batch: GroupBatch) -> int:
-    """Source parameters of a group."""
-    return batch.start.shape[1] * batch.start.shape[2]
+    count = len(batch.data)
+    candidates = GroupBatch(*(np.concatenate([leaf] * len(orders)) for leaf in batch))
+    candidates = candidates._replace(order=np.repeat(orders, count))
+    result = fit_groups(candidates, _fit_options(config))
+    result, repeated = _second_try(candidates, result, config)
+    criterion = _criterion(result, config).reshape(len(orders), count)
+    best = np.argmin(criterion, axis=0)
+    chosen = best * count + np.arange(count)
+    return (
+        FitResult(*(leaf[chosen] for leaf in result)),
+        candidates.order[chosen],
+        repeated[chosen],
+    )
 
 
 def _second_try(
-    batch: GroupBatch, result: FitResult, config: Config, order: int
+    batch: GroupBatch, result: FitResult, config: Config
 ) -> tuple[FitResult, NDArray[np.bool_]]:
     """Fit again, with wider bounds, what did not converge."""
     failed = (result.status != CONVERGED) & (batch.weight > 0).any(axis=(1, 2))
@@ -307,7 +299,7 @@ def _second_try(
     lower[..., 0] = 0
     lower[..., 3:5] = some.lower[..., 3:5] / _WIDER
     upper[..., 3:5] = some.upper[..., 3:5] * _WIDER
-    tried = fit_groups(some._replace(lower=lower, upper=upper), _fit_options(config, order))
+    tried = fit_groups(some._replace(lower=lower, upper=upper), _fit_options(config))
     improved = np.zeros(len(failed), bool)
     improved[failed] = tried.status == CONVERGED
     spread = [np.zeros((len(failed), *leaf.shape[1:]), leaf.dtype) for leaf in tried]
@@ -325,10 +317,9 @@ def _merge(mask: NDArray[np.bool_], new: FitResult, old: FitResult) -> FitResult
     )
 
 
-def _fit_options(config: Config, order: int) -> FitOptions:
+def _fit_options(config: Config) -> FitOptions:
     options = config.fit_options
     return FitOptions(
-        order=order,
         loss=options.loss,
         f_scale=options.f_scale,
         lambda_l2=options.lambda_l2 if options.use_l2_regularization else 0.0,
@@ -342,12 +333,6 @@ def _fit_options(config: Config, order: int) -> FitOptions:
 def _criterion(result: FitResult, config: Config) -> NDArray[np.float64]:
     values = {"nmse": result.nmse, "redchi": result.chi2_red, "bic": result.bic}
     return np.asarray(values[config.fit_options.min_method])
-
-
-def _widened(coefficients: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    """Pad polynomial coefficients with zeros to a higher order."""
-    missing = (order + 1) * (order + 2) // 2 - coefficients.shape[1]
-    return np.pad(coefficients, ((0, 0), (0, missing)))
 
 
 def _as_params(fits: SourceFits) -> NDArray[np.float64]:

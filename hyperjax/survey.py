@@ -395,8 +395,8 @@ def _extracted(outcome: MapOutcome, task: _Task) -> MapOutcome:
         image = replace(_read(task), name=task.name)
     with _timed(steps, "start"):
         extract = _extractor(task.cores)
-    with _timed(steps, "extract"):
-        extraction = extract(image, task.config)
+    extraction = extract(image, task.config)
+    steps.update(extraction.seconds)
     with _timed(steps, "write"):
         files = tuple(write_extraction(extraction, task.layout))
     rms = float(np.nanmedian(extraction.rms))

@@ -442,7 +442,7 @@ def test_profile_shows_the_steps(here: Path) -> None:
     write_map(here / "m.fits")
     result = hyperjax_command("run", "m.fits", "--profile")
     steps = re.findall(r"^(\w+) +[\d.]+$", result.stdout, re.MULTILINE)
-    assert steps == ["read", "start", "extract", "write"]
+    assert steps == ["read", "start", "fit", "write"]
 
 
 @pytest.mark.usefixtures("fake_fit")
