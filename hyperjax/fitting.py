@@ -9,6 +9,7 @@ same steps), solved in persistent lanes on every device, and brought back with i
 import functools
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ from hyperjax.solver import (
     Solution,
     Tolerances,
     solve_lanes,
-    to_local,
 )
 
 __all__ = [
@@ -142,18 +142,22 @@ class FitResult(NamedTuple):
     on_bound: Bool[Array, "group slot 6"]
 
 
-class _Scale(NamedTuple):
-    """Units of one problem: data = offset + unit * scaled data, weight = weight * scaled weight."""
+class Scale(NamedTuple):
+    """Units (group,): data = offset + unit * scaled data, weight = weight * scaled weight."""
 
-    offset: Float[Array, ""]
-    unit: Float[Array, ""]
-    weight: Float[Array, ""]
+    offset: Float[Array, " group"]
+    unit: Float[Array, " group"]
+    weight: Float[Array, " group"]
 
 
 def configure_runtime(
     cpu_devices: int | None = None, cache: Path | None = None, x64: bool = True
 ) -> None:
     """Set jax up for a process of its own; call it before the first computation.
+
+    One process uses all cores: each is a device of jax's, and the fits are divided over the
+    devices. XLA's thread pool (the environment variable NPROC) is made larger than the number of
+    devices: where a device's own thread waits for others of a full pool, it waits for ever.
 
     Parameters
     ----------
@@ -170,8 +174,10 @@ def configure_runtime(
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         cache or Path(user_cache_dir("hyperjax")) / "jax"
     )
+    devices = cpu_devices or len(os.sched_getaffinity(0))
+    os.environ.setdefault("NPROC", str(2 * devices))
     jax.config.update("jax_enable_x64", x64)
-    jax.config.update("jax_num_cpu_devices", cpu_devices or len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -202,34 +208,24 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     count, ny, nx = batch.data.shape
     highest = next(order for order in _ORDERS if batch.order.max() <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
-    knobs = _Knobs.of(options, batch.data.dtype)
-    devices = jax.local_devices()
-    pieces = []
+    problems, scale = to_problems(np, model, batch, options)
+    tolerances = _tolerances(options, batch.data.dtype)
+    devices, lanes = len(jax.local_devices()), _lanes(model, batch.data.dtype)
+    solutions = []
     for first in range(0, count, _BLOCKS[-1]):
-        piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], batch)  # noqa: B023
+        piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
         size = len(piece.data)
-        padded = _padded(piece, _block(size, len(devices)))
-        fitted = _fit_block(model, len(devices), _lanes(model, batch.data.dtype), padded, knobs)
-        pieces.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], fitted))  # noqa: B023
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
+        solved = _solve_block(model, devices, lanes, _padded(piece, devices), tolerances)
+        solutions.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], solved))  # noqa: B023
+    solution = jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
+    return to_results(np, model, batch, scale, problems, solution)
 
 
-class _Knobs(NamedTuple):
-    """The options that are data, as arrays."""
-
-    f_scale: Float[Array, ""]
-    lambda_l2: Float[Array, ""]
-    tolerances: Tolerances
-
-    @classmethod
-    def of(cls, options: FitOptions, dtype: Any) -> "_Knobs":
-        default = 1e-9 if dtype == np.float64 else 1e-6
-        ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
-        scalars = (options.f_scale, options.lambda_l2, ftol, options.xtol, options.gtol)
-        f_scale, lambda_l2, *tolerances = (np.asarray(value, dtype) for value in scalars)
-        return cls(
-            f_scale, lambda_l2, Tolerances(*tolerances, np.asarray(options.max_steps, np.int32))
-        )
+def _tolerances(options: FitOptions, dtype: Any) -> Tolerances:
+    default = 1e-9 if dtype == np.float64 else 1e-6
+    ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
+    floats = (np.asarray(value, dtype) for value in (ftol, options.xtol, options.gtol))
+    return Tolerances(*floats, np.asarray(options.max_steps, np.int32))
 
 
 def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
@@ -278,12 +274,6 @@ def _check_values(batch: GroupBatch) -> None:
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
 
 
-def _block(size: int, devices: int) -> int:
-    """The size that a block of `size` problems is padded to."""
-    wanted = next(block for block in _BLOCKS if size <= block)
-    return -(-wanted // devices) * devices
-
-
 def _lanes(model: GaussianGroup, dtype: Any) -> int:
     """Lanes whose working set (rows of products over the pixels) fits the cache of a core."""
     if jax.default_backend() != "cpu":
@@ -294,207 +284,247 @@ def _lanes(model: GaussianGroup, dtype: Any) -> int:
     return int(np.clip(2 ** int(np.log2(max(lanes, 1))), 4, 64))
 
 
-def _padded(batch: GroupBatch, block: int) -> GroupBatch:
-    """Add problems without data until there are `block`."""
-    missing = block - len(batch.data)
+def _padded(problems: Problem, devices: int) -> Problem:
+    """Add problems without data, up to one of few sizes that the devices share evenly."""
+    size = len(problems.data)
+    wanted = next(block for block in _BLOCKS if size <= block)
+    missing = -(-wanted // devices) * devices - size
     return jax.tree.map(
-        lambda leaf: np.concatenate([leaf, np.zeros((missing, *leaf.shape[1:]), leaf.dtype)]), batch
+        lambda leaf: np.concatenate([leaf, np.zeros((missing, *leaf.shape[1:]), leaf.dtype)]),
+        problems,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _fit_block(
-    model: GaussianGroup, devices: int, lanes: int, batch: GroupBatch, knobs: _Knobs
-) -> FitResult:
-    """Fit a block of groups, its leading axis divided over the devices."""
+def _solve_block(
+    model: GaussianGroup, devices: int, lanes: int, problems: Problem, tolerances: Tolerances
+) -> Solution:
+    """Solve a block of problems, its leading axis divided over the devices."""
+
+    def solve(share: Problem, tolerances: Tolerances) -> Solution:
+        return solve_lanes(model, share, tolerances, lanes)
+
     mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
     each, same = PartitionSpec("group"), PartitionSpec()
-    fit = functools.partial(_fit_share, model, lanes)
-    return jax.shard_map(fit, mesh=mesh, in_specs=(each, same), out_specs=each, check_vma=False)(
-        batch, knobs
-    )
+    return jax.shard_map(
+        solve, mesh=mesh, in_specs=(each, same), out_specs=each, check_vma=False
+    )(problems, tolerances)
 
 
-def _fit_share(model: GaussianGroup, lanes: int, batch: GroupBatch, knobs: _Knobs) -> FitResult:
-    """Fit one device's share of the groups."""
-    problems, scales = jax.vmap(functools.partial(_to_problem, model, knobs))(batch)
-    solutions = solve_lanes(model, problems, knobs.tolerances, lanes)
-    return jax.vmap(functools.partial(_to_result, model))(batch, problems, scales, solutions)
+# --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------
 
 
-def _to_problem(model: GaussianGroup, knobs: _Knobs, group: GroupBatch) -> tuple[Problem, _Scale]:
-    """One group in scaled coordinates and with data of unit scale."""
-    weight = group.weight.ravel()
+def to_problems(
+    xp: ModuleType, model: GaussianGroup, batch: GroupBatch, options: FitOptions
+) -> tuple[Problem, Scale]:
+    """The groups in scaled coordinates, with data of unit scale about their mean."""
+    count, slots = batch.present.shape
+    dtype = batch.data.dtype
+    weight = batch.weight.reshape(count, -1)
     valid = weight > 0
-    data = jnp.where(valid, group.data.ravel(), 0)
-    mean_weight = jnp.sum(weight) / jnp.maximum(jnp.sum(valid), 1)
-    mean_weight = jnp.where(mean_weight > 0, mean_weight, 1)
-    share = weight / mean_weight
-    total = jnp.maximum(jnp.sum(share), 1)
-    mean = jnp.sum(share * data) / total
-    spread = jnp.max(jnp.where(valid, jnp.abs(data - mean), 0))
-    spread = jnp.where(spread > 0, spread, 1)
-    unit = spread * jnp.sqrt(jnp.sum(share * ((data - mean) / spread) ** 2) / total)
-    unit = jnp.where(unit > 0, unit, 1)
-    offset = jnp.where(group.order >= 0, mean, 0)
-    scale = _Scale(offset, unit, mean_weight)
+    data = xp.where(valid, batch.data.reshape(count, -1), 0)
+    pixels = xp.maximum(xp.sum(valid, 1), 1).astype(dtype)
+    mean_weight = _or_one(xp, xp.sum(weight, 1) / pixels)
+    share = weight / mean_weight[:, None]
+    mean = xp.sum(share * data, 1) / pixels
+    deviation = xp.where(valid, data - mean[:, None], 0)
+    largest = _or_one(xp, xp.max(xp.abs(deviation), 1))
+    squares = xp.sum(share * (deviation / largest[:, None]) ** 2, 1)
+    unit = _or_one(xp, largest * xp.sqrt(squares / pixels))
+    offset = xp.where(batch.order >= 0, mean, 0).astype(dtype)
+    scale = Scale(offset, unit, mean_weight)
 
-    engine = functools.partial(_to_engine, model.grid, unit)
-    start, lower, upper = jax.vmap(engine)(group.start), group.lower, group.upper
-    start = jnp.where(group.present[:, None], start, jnp.zeros(SHAPE, start.dtype))
+    there = batch.present[..., None]
+    free = batch.free & there
+    low, high = _sigma_bounds(xp, batch)
+    start = xp.where(free, _feasible(xp, batch, low, high), batch.start)
+    start = xp.where(there, _to_engine(xp, model.grid, unit, start), 0)
     degrees = np.array([sum(powers) for powers in monomials(model.order)])
-    smooth = len(degrees)
-    edge = jnp.full(smooth, jnp.inf, start.dtype)
-    free = group.free & group.present[:, None]
-    problem = Problem(
-        data=jnp.where(valid, data - offset, 0) / unit,
-        weight=jnp.sqrt(share),
-        start=jnp.concatenate([start.ravel(), jnp.zeros(smooth, start.dtype)]),
-        lower=jnp.concatenate([_bounds(model.grid, unit, lower, MINOR, -1).ravel(), -edge]),
-        upper=jnp.concatenate([_bounds(model.grid, unit, upper, MAJOR, +1).ravel(), edge]),
-        free=jnp.concatenate([free.ravel(), degrees <= group.order]),
-        ridge=jnp.concatenate(
-            [jnp.zeros(start.size, start.dtype), jnp.full(smooth, knobs.lambda_l2, start.dtype)]
+    smooth = (count, len(degrees))
+    edge = np.full(smooth, np.inf, dtype)
+
+    def whole(sources: Array, background: Array) -> Array:
+        return xp.concatenate([sources.reshape(count, -1), background], 1)
+
+    problems = Problem(
+        data=xp.where(valid, data - offset[:, None], 0) / unit[:, None],
+        weight=xp.sqrt(share),
+        start=whole(start, np.zeros(smooth, dtype)),
+        lower=whole(_bounds(xp, model.grid, unit, batch.lower, low, -np.inf), -edge),
+        upper=whole(_bounds(xp, model.grid, unit, batch.upper, high, np.inf), edge),
+        free=whole(free, degrees <= batch.order[:, None]),
+        ridge=whole(
+            np.zeros((count, slots * SHAPE), dtype), np.full(smooth, options.lambda_l2, dtype)
         ),
-        f_scale=knobs.f_scale / (unit * jnp.sqrt(mean_weight)),
-        weight_moments=jnp.zeros(len(monomials(model.degree)), start.dtype),
+        f_scale=(options.f_scale / (unit * xp.sqrt(mean_weight))).astype(dtype),
+        weight_moments=np.zeros((count, len(monomials(model.degree))), dtype),
     )
-    return _with_feasible_start(model, problem), scale
+    return problems, scale
 
 
-def _to_engine(
-    grid: Grid, unit: Float[Array, ""], source: Float[Array, " 6"]
-) -> Float[Array, " 6"]:
-    """Pixel units to the scaled parameters (peak, x, y, log size, e1, e2)."""
+def to_results(
+    xp: ModuleType,
+    model: GaussianGroup,
+    batch: GroupBatch,
+    scale: Scale,
+    problems: Problem,
+    solution: Solution,
+) -> FitResult:
+    """The solutions in pixel units, with covariance and statistics."""
+    count, slots = batch.present.shape
+    sources = solution.params[:, : slots * SHAPE].reshape(count, slots, SHAPE)
+    params = _from_engine(xp, model.grid, scale.unit, sources)
+    there = batch.present[..., None]
+    shape_moves = xp.any(batch.free[..., MAJOR:], -1, keepdims=True) & (np.arange(SHAPE) >= MAJOR)
+    params = xp.where(there & (batch.free | shape_moves), params, batch.start)
+    coefficients = solution.params[:, slots * SHAPE :] * scale.unit[:, None]
+    constant = coefficients[:, :1] + scale.offset[:, None]
+    noise = scale.weight * scale.unit**2
+    pixels = xp.sum(problems.weight > 0, 1)
+    freedom = xp.sum(problems.free, 1)
+    chi2 = solution.normal.chi2 * noise
+    n = xp.maximum(pixels, 1).astype(chi2.dtype)
+    tiny = np.finfo(chi2.dtype).tiny
+    return FitResult(
+        params=params,
+        coefficients=xp.concatenate([constant, coefficients[:, 1:]], 1),
+        covariance=_covariance(xp, model.grid, scale, problems.free, sources, solution),
+        cost=solution.normal.cost * noise,
+        chi2_red=chi2 / xp.maximum(pixels - freedom, 1),
+        bic=n * xp.log(xp.maximum(chi2, tiny) / n) + freedom * xp.log(n),
+        nmse=solution.normal.chi2 / n,
+        steps=solution.steps,
+        status=solution.status,
+        on_bound=solution.on_bound[:, : slots * SHAPE].reshape(count, slots, SHAPE),
+    )
+
+
+def _or_one(xp: ModuleType, values: Array) -> Array:
+    """The values, 1 where they are not positive."""
+    return xp.where(values > 0, values, 1)
+
+
+def _sigma_bounds(xp: ModuleType, batch: GroupBatch) -> tuple[Array, Array]:
+    """Bounds (group, slot) of both sigmas; 1 for slots without a source."""
+    low = xp.where(batch.present, batch.lower[..., MINOR], 1)
+    return low, xp.where(batch.present, batch.upper[..., MAJOR], 1)
+
+
+def _feasible(xp: ModuleType, batch: GroupBatch, low: Array, high: Array) -> Array:
+    """The start, moved into the bounds."""
+    free = xp.clip(batch.start, batch.lower, batch.upper)[..., :MAJOR]
+    sigmas = xp.clip(batch.start[..., MAJOR:THETA], low[..., None], high[..., None])
+    return xp.concatenate([free, sigmas, batch.start[..., THETA:]], -1)
+
+
+def _to_engine(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
+    """Sources (group, slot, 6) in pixel units to (peak, x, y, log size, e1, e2), scaled."""
     x0, y0 = grid.centre
-    major = jnp.where(source[MAJOR] > 0, source[MAJOR], 1) / grid.half
-    minor = jnp.where(source[MINOR] > 0, source[MINOR], 1) / grid.half
-    e = jnp.log(major / minor)
-    return jnp.stack(
-        [
-            source[PEAK] / unit,
-            (source[X] - x0) / grid.half,
-            (source[Y] - y0) / grid.half,
-            0.5 * jnp.log(major * minor),
-            e * jnp.cos(2 * source[THETA]),
-            e * jnp.sin(2 * source[THETA]),
-        ]
-    )
+    major = _or_one(xp, source[..., MAJOR]) / grid.half
+    minor = _or_one(xp, source[..., MINOR]) / grid.half
+    e = xp.log(major / minor)
+    columns = [
+        source[..., PEAK] / unit[:, None],
+        (source[..., X] - x0) / grid.half,
+        (source[..., Y] - y0) / grid.half,
+        0.5 * xp.log(major * minor),
+        e * xp.cos(2 * source[..., THETA]),
+        e * xp.sin(2 * source[..., THETA]),
+    ]
+    return xp.stack(columns, -1)
 
 
-def _from_engine(
-    grid: Grid, unit: Float[Array, ""], source: Float[Array, " 6"]
-) -> Float[Array, " 6"]:
-    """Scaled parameters to pixel units, with theta in (-pi/2, pi/2]."""
+def _from_engine(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
+    """Scaled sources to pixel units, with sigma_major >= sigma_minor and theta in [0, pi)."""
     x0, y0 = grid.centre
-    square = source[4] ** 2 + source[5] ** 2
-    round_source = square < 1e-12
-    e = jnp.sqrt(jnp.where(round_source, 1e-12, square))
-    angle = jnp.arctan2(source[5], jnp.where(round_source, source[4] + 1e-6, source[4]))
-    return jnp.stack(
-        [
-            source[0] * unit,
-            x0 + source[1] * grid.half,
-            y0 + source[2] * grid.half,
-            grid.half * jnp.exp(source[3] + e / 2),
-            grid.half * jnp.exp(source[3] - e / 2),
-            0.5 * angle,
-        ]
-    )
+    e = _ellipticity(xp, source)
+    columns = [
+        source[..., 0] * unit[:, None],
+        x0 + source[..., 1] * grid.half,
+        y0 + source[..., 2] * grid.half,
+        grid.half * xp.exp(source[..., 3] + e / 2),
+        grid.half * xp.exp(source[..., 3] - e / 2),
+        xp.mod(0.5 * xp.arctan2(source[..., 5], source[..., 4]), np.pi),
+    ]
+    return xp.stack(columns, -1)
+
+
+def _ellipticity(xp: ModuleType, source: Array) -> Array:
+    """e = log(sigma_major / sigma_minor)."""
+    square = source[..., 4] ** 2 + source[..., 5] ** 2
+    return xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1)), 0)
 
 
 def _bounds(
-    grid: Grid, unit: Float[Array, ""], bound: Float[Array, "slot 6"], sigma: int, side: int
-) -> Float[Array, "slot 6"]:
+    xp: ModuleType, grid: Grid, unit: Array, bound: Array, sigma: Array, open_end: float
+) -> Array:
     """Scaled bounds: peak, x, y, log sigma; the ellipticities' places are open."""
     x0, y0 = grid.centre
-    positive = jnp.where(bound[:, sigma] > 0, bound[:, sigma], 1)
-    open_end = jnp.full_like(positive, side * jnp.inf)
     columns = [
-        bound[:, PEAK] / unit,
-        (bound[:, X] - x0) / grid.half,
-        (bound[:, Y] - y0) / grid.half,
-        jnp.log(positive / grid.half),
-        open_end,
-        open_end,
+        bound[..., PEAK] / unit[:, None],
+        (bound[..., X] - x0) / grid.half,
+        (bound[..., Y] - y0) / grid.half,
+        xp.log(sigma / grid.half),
+        xp.full_like(sigma, open_end),
+        xp.full_like(sigma, open_end),
     ]
-    return jnp.stack(columns, 1)
+    return xp.stack(columns, -1)
 
 
-def _with_feasible_start(model: GaussianGroup, problem: Problem) -> Problem:
-    """Move what is free of the start into the bounds."""
-    chart = model.chart(problem.start, jnp.zeros_like(problem.start), problem)
-    nowhere = jnp.zeros_like(problem.start)
-    feasible = model.retract(problem.start, chart, nowhere, problem)
-    return problem._replace(start=jnp.where(problem.free, feasible, problem.start))
-
-
-def _to_result(
-    model: GaussianGroup,
-    group: GroupBatch,
-    problem: Problem,
-    scale: _Scale,
+def _covariance(
+    xp: ModuleType,
+    grid: Grid,
+    scale: Scale,
+    free: Array,
+    sources: Array,
     solution: Solution,
-) -> FitResult:
-    """One group's solution in pixel units."""
-    count = model.slots * SHAPE
-
-    def natural(params: Float[Array, " P"]) -> Float[Array, " P"]:
-        sources = params[:count].reshape(-1, SHAPE)
-        sources = jax.vmap(functools.partial(_from_engine, model.grid, scale.unit))(sources)
-        return jnp.concatenate([sources.ravel(), params[count:] * scale.unit])
-
-    params = natural(solution.params)
-    sources = params[:count].reshape(-1, SHAPE)
-    sources = sources.at[:, THETA].set(jnp.mod(sources[:, THETA], jnp.pi))
-    held = group.present[:, None] & group.free
-    sources = jnp.where(held | _moved_shape(group), sources, group.start)
-    coefficients = params[count:]
-    coefficients = coefficients.at[0].add(scale.offset)
-
-    inner = _covariance(solution, problem)
-    slope = jax.jacfwd(natural)(solution.params)
-    covariance = slope @ inner @ slope.T / (scale.weight * scale.unit**2)
-    pixels = jnp.sum(problem.weight > 0)
-    freedom = jnp.sum(problem.free)
-    squares = jnp.sum((problem.weight * (problem.data - model.image(solution.params))) ** 2)
-    n = jnp.maximum(pixels, 1).astype(params.dtype)
-    mean = jnp.sum(problem.weight**2 * problem.data) / jnp.maximum(jnp.sum(problem.weight**2), 1)
-    variation = jnp.sum((problem.weight * (problem.data - mean)) ** 2)
-    noise = scale.weight * scale.unit**2
-    chi2 = squares * noise
-    return FitResult(
-        params=sources,
-        coefficients=coefficients,
-        covariance=covariance,
-        cost=solution.normal.cost * noise,
-        chi2_red=chi2 / jnp.maximum(pixels - freedom, 1),
-        bic=n * jnp.log(jnp.maximum(chi2, 1e-30) / n) + freedom * jnp.log(n),
-        nmse=squares / jnp.where(variation > 0, variation, 1),
-        steps=solution.steps,
-        status=solution.status,
-        on_bound=_bound_flags(model, solution),
-    )
-
-
-def _moved_shape(group: GroupBatch) -> Bool[Array, "slot 6"]:
-    """Shape parameters of a source of which any may move (its major and minor may swap)."""
-    any_free = jnp.any(group.free[:, MAJOR:], axis=1) & group.present
-    return any_free[:, None] & (jnp.arange(SHAPE) >= MAJOR)
-
-
-def _covariance(solution: Solution, problem: Problem) -> Float[Array, "P P"]:
-    """Inverse of the Gauss-Newton matrix over the free parameters; 0 elsewhere."""
+) -> Array:
+    """Covariance (group, P, P) in pixel units: J inv(H) J^T over the free parameters."""
     matrix = solution.normal.matrix
-    diagonal = jnp.diagonal(matrix)
-    free = problem.free
-    scale = jnp.where(free & (diagonal > 0), 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
-    scaled = matrix * scale[:, None] * scale + jnp.diag(jnp.where(free, 0, 1).astype(scale.dtype))
-    factor = jnp.linalg.cholesky(scaled, symmetrize_input=False)
-    inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(scaled), dtype=scaled.dtype))
-    return inverse * scale[:, None] * scale
+    diagonal = xp.diagonal(matrix, axis1=1, axis2=2)
+    used = free & (diagonal > 0)
+    root = xp.where(used, 1 / xp.sqrt(xp.where(used, diagonal, 1)), 0)
+    eye = np.eye(matrix.shape[-1], dtype=matrix.dtype)
+    scaled = matrix * root[:, :, None] * root[:, None, :] + eye * ~used[:, :, None]
+    inverse = xp.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
+    inverse = inverse * root[:, :, None] * root[:, None, :]
+    inverse = xp.where((free & ~used).any(1)[:, None, None], np.nan, inverse)
+    slopes = _slopes(xp, grid, scale.unit, sources)
+    covariance = _sandwich(xp, slopes, scale.unit, inverse)
+    return covariance / (scale.weight * scale.unit**2)[:, None, None]
 
 
-def _bound_flags(model: GaussianGroup, solution: Solution) -> Bool[Array, "slot 6"]:
-    """Active bounds per source parameter: of the local coordinates, which stand in their order."""
-    return solution.on_bound[: model.slots * SHAPE].reshape(-1, SHAPE)
+def _slopes(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
+    """Derivatives (group, slot, 6, 6) of `_from_engine` (row) by the scaled parameters (column).
+
+    The angle of a circular source is undefined: its derivative is that of an axis ratio of
+    1 + 1e-6, which gives a huge but finite error.
+    """
+    e = _ellipticity(xp, source)
+    safe = xp.maximum(e, 1e-6)
+    cos = xp.where(e > 0, source[..., 4] / safe, 1)
+    sin = xp.where(e > 0, source[..., 5] / safe, 0)
+    major = grid.half * xp.exp(source[..., 3] + e / 2)
+    minor = grid.half * xp.exp(source[..., 3] - e / 2)
+    zero, one = xp.zeros_like(e), xp.ones_like(e)
+    rows = [
+        [unit[:, None] * one, zero, zero, zero, zero, zero],
+        [zero, grid.half * one, zero, zero, zero, zero],
+        [zero, zero, grid.half * one, zero, zero, zero],
+        [zero, zero, zero, major, major * cos / 2, major * sin / 2],
+        [zero, zero, zero, minor, -minor * cos / 2, -minor * sin / 2],
+        [zero, zero, zero, zero, -sin / (2 * safe), cos / (2 * safe)],
+    ]
+    return xp.stack([xp.stack(row, -1) for row in rows], -2)
+
+
+def _sandwich(xp: ModuleType, slopes: Array, unit: Array, inverse: Array) -> Array:
+    """S C S^T for the block-diagonal S of the sources' `slopes` and the coefficients' `unit`."""
+    count, slots = slopes.shape[:2]
+    size, ends = inverse.shape[-1], slots * SHAPE
+    half = inverse[:, :ends].reshape(count, slots, SHAPE, size)
+    half = xp.einsum("gsij,gsjk->gsik", slopes, half).reshape(count, ends, size)
+    half = xp.concatenate([half, inverse[:, ends:] * unit[:, None, None]], 1)
+    whole = half[:, :, :ends].reshape(count, size, slots, SHAPE)
+    whole = xp.einsum("gksj,gsij->gksi", whole, slopes).reshape(count, size, ends)
+    return xp.concatenate([whole, half[:, :, ends:] * unit[:, None, None]], 2)

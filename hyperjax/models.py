@@ -95,9 +95,13 @@ class Problem(NamedTuple):
 
 
 class Normal(NamedTuple):
-    """Cost (half the weighted sum of squares), its gradient and its Gauss-Newton matrix."""
+    """Cost, its gradient and its Gauss-Newton matrix, and the sum of squared weighted residuals.
+
+    The cost is half that sum, for the linear loss and without penalty.
+    """
 
     cost: Float[Array, ""]
+    chi2: Float[Array, ""]
     gradient: Float[Array, " P"]
     matrix: Float[Array, "P P"]
 
@@ -200,16 +204,20 @@ class Model(eqx.Module):
 
 def _weighted(
     loss: str, residual: Float[Array, " pixel"], problem: Problem
-) -> tuple[Float[Array, ""], Float[Array, " pixel"], Float[Array, " pixel"]]:
-    """Cost of the residuals (noise units), and the factors of gradient and matrix per pixel."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " pixel"], Float[Array, " pixel"]]:
+    """Cost and sum of squares of the residuals, and the factors of gradient and matrix per pixel."""
+    chi2 = jnp.sum(residual**2)
+    if loss == "linear":
+        return 0.5 * chi2, chi2, jnp.ones_like(residual), jnp.ones_like(residual)
     rho, weight, curvature = robust(loss, (residual / problem.f_scale) ** 2)
-    return 0.5 * problem.f_scale**2 * jnp.sum(rho), weight, curvature
+    return 0.5 * problem.f_scale**2 * jnp.sum(rho), chi2, weight, curvature
 
 
 def _add_ridge(normal: Normal, params: Float[Array, " P"], problem: Problem) -> Normal:
     """Add the L2 penalty."""
     return Normal(
         normal.cost + 0.5 * jnp.sum(problem.ridge * params**2),
+        normal.chi2,
         normal.gradient + problem.ridge * params,
         normal.matrix + jnp.diag(problem.ridge),
     )
@@ -245,10 +253,10 @@ class ProfileGroup(Model):
         image = self.image(params)
         jacobian = problem.weight[:, None] * jax.jacfwd(self.image)(params)
         residual = problem.weight * (problem.data - image)
-        cost, weight, curvature = _weighted(self.loss, residual, problem)
+        cost, chi2, weight, curvature = _weighted(self.loss, residual, problem)
         gradient = -jacobian.T @ (weight * residual)
         matrix = jacobian.T @ (curvature[:, None] * jacobian)
-        return _add_ridge(Normal(cost, gradient, matrix), params, problem)
+        return _add_ridge(Normal(cost, chi2, gradient, matrix), params, problem)
 
 
 def precision(shape: Float[Array, " 3"]) -> Float[Array, " 3"]:
@@ -258,14 +266,50 @@ def precision(shape: Float[Array, " 3"]) -> Float[Array, " 3"]:
     (cos 2 theta, sin 2 theta), the inverse covariance is exp(-2 log size) [cosh(e) I - sinh(e)/e
     (e1, e2; e2, -e1)]: smooth where the source is circular and theta has no meaning.
     """
+    scale, cosh, sinhc, _ = _hyperbolic(shape)
+    _, e1, e2 = shape
+    return scale * jnp.stack([cosh - sinhc * e1, -sinhc * e2, cosh + sinhc * e1])
+
+
+def precision_slopes(shape: Float[Array, " 3"]) -> Float[Array, "3 3"]:
+    """Derivatives of `precision` (row: by log size, e1, e2; column: of xx, xy, yy)."""
+    scale, cosh, sinhc, bend = _hyperbolic(shape)
+    _, e1, e2 = shape
+    return scale * jnp.stack(
+        [
+            -2 * jnp.stack([cosh - sinhc * e1, -sinhc * e2, cosh + sinhc * e1]),
+            jnp.stack(
+                [
+                    sinhc * (e1 - 1) - bend * e1**2,
+                    -bend * e1 * e2,
+                    sinhc * (e1 + 1) + bend * e1**2,
+                ]
+            ),
+            jnp.stack(
+                [
+                    sinhc * e2 - bend * e1 * e2,
+                    -sinhc - bend * e2**2,
+                    sinhc * e2 + bend * e1 * e2,
+                ]
+            ),
+        ]
+    )
+
+
+def _hyperbolic(
+    shape: Float[Array, " 3"],
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """exp(-2 log size), cosh(e), sinh(e)/e and (cosh(e) - sinh(e)/e)/e^2, by their series near 0."""
     log_size, e1, e2 = shape
     square = e1**2 + e2**2
-    tiny = square < 1e-12
-    e = jnp.sqrt(jnp.where(tiny, 1.0, square))
-    cosh = jnp.where(tiny, 1 + square / 2, jnp.cosh(e))
-    sinhc = jnp.where(tiny, 1 + square / 6, jnp.sinh(e) / e)
-    scale = jnp.exp(-2 * log_size)
-    return scale * jnp.stack([cosh - sinhc * e1, -sinhc * e2, cosh + sinhc * e1])
+    tiny = square < 1e-4
+    safe = jnp.where(tiny, 1.0, square)
+    e = jnp.sqrt(safe)
+    up, down = jnp.exp(e), jnp.exp(-e)
+    cosh = jnp.where(tiny, 1 + square / 2 * (1 + square / 12), (up + down) / 2)
+    sinhc = jnp.where(tiny, 1 + square / 6 * (1 + square / 20), (up - down) / (2 * e))
+    bend = jnp.where(tiny, 1 / 3 + square / 30, (cosh - sinhc) / safe)
+    return jnp.exp(-2 * log_size), cosh, sinhc, bend
 
 
 def gaussian(
@@ -335,7 +379,7 @@ class GaussianGroup(Model):
         model = jnp.sum(sources[:, :1] * unit, 0) + self.background(params)
         weighted = problem.weight * unit
         residual = problem.weight * (problem.data - model)
-        cost, factor, curvature = _weighted(self.loss, residual, problem)
+        cost, chi2, factor, curvature = _weighted(self.loss, residual, problem)
         pulled = residual if self.loss == "linear" else factor * residual
         bent = weighted if self.loss == "linear" else curvature * weighted
 
@@ -361,7 +405,7 @@ class GaussianGroup(Model):
                 -pull[0, : len(monomials(self.order))],
             ]
         )
-        return _add_ridge(Normal(cost, gradient, matrix), params, problem)
+        return _add_ridge(Normal(cost, chi2, gradient, matrix), params, problem)
 
     def chart(
         self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
@@ -530,7 +574,7 @@ def _source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
         peak * jnp.stack([-xx * x0 - xy * y0, xx, xy, zero, zero, zero]),
         peak * jnp.stack([-xy * x0 - yy * y0, xy, yy, zero, zero, zero]),
     ]
-    for dxx, dxy, dyy in jax.jacfwd(precision)(source[3:]).T:
+    for dxx, dxy, dyy in precision_slopes(source[3:]):
         constant = dxx * x0**2 + 2 * dxy * x0 * y0 + dyy * y0**2
         slopes = (-2 * (dxx * x0 + dxy * y0), -2 * (dxy * x0 + dyy * y0))
         rows.append(-0.5 * peak * jnp.stack([constant, *slopes, dxx, 2 * dxy, dyy]))

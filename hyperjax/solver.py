@@ -74,7 +74,9 @@ def begin(model: Model, problem: Problem) -> State:
     """The state before the first evaluation."""
     size, dtype = model.size, problem.start.dtype
     nowhere = Normal(
-        jnp.asarray(jnp.inf, dtype), jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)
+        jnp.asarray(jnp.inf, dtype),
+        jnp.zeros((), dtype),
+        jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)
     )
     usable = jnp.any(problem.weight > 0)
     return State(
@@ -144,6 +146,7 @@ def to_local(normal: Normal, chart: Chart) -> Normal:
     """The normal equations in the chart's coordinates."""
     return Normal(
         normal.cost,
+        normal.chi2,
         chart.basis.T @ normal.gradient,
         chart.basis.T @ normal.matrix @ chart.basis,
     )
