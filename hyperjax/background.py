@@ -4,7 +4,7 @@ A background belongs to a block of sources and is a polynomial over the scaled c
 block's window (`hyperjax.models.Grid`): the centre of the window is 0, its edge 1.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from astropy.stats import mad_std
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hyperjax.config import Config
 from hyperjax.fitting import GroupBatch, fit_groups
-from hyperjax.groups import Windows, buckets, cut_out, overlap, windows
+from hyperjax.groups import Windows, buckets, cut_out, overlap, windows, within_reach
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.sources import SourceFits
 
@@ -31,18 +31,18 @@ def powers(order: int) -> NDArray[np.int_]:
 
 def evaluate(
     coefficients: NDArray[np.float64],
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
+    x: NDArray[Any],
+    y: NDArray[Any],
     centre: tuple[float, float],
     half: float,
 ) -> NDArray[np.float64]:
     """A polynomial of `coefficients` at pixel positions, with its `centre` and scale `half`."""
     u, v = (np.asarray(x) - centre[0]) / half, (np.asarray(y) - centre[1]) / half
     order = int((np.sqrt(8 * len(coefficients) + 1) - 3) / 2)
-    out = np.zeros(np.broadcast_shapes(u.shape, v.shape))
-    for coefficient, (a, b) in zip(coefficients, powers(order), strict=True):
-        out += coefficient * u**a * v**b
-    return out
+    table = np.zeros((order + 1, order + 1))
+    table[tuple(powers(order).T)] = coefficients
+    along_x = [np.polynomial.polynomial.polyval(v, row) for row in table]
+    return np.asarray(np.polynomial.polynomial.polyval(u, along_x, tensor=False), float)
 
 
 class Backgrounds(NamedTuple):
@@ -60,7 +60,7 @@ class Backgrounds(NamedTuple):
         return cls(np.zeros((count, len(powers(MAX_ORDER)))), np.full(count, -1))
 
     def at(
-        self, placed: Windows, block: int, x: NDArray[np.float64], y: NDArray[np.float64]
+        self, placed: Windows, block: int, x: NDArray[Any], y: NDArray[Any]
     ) -> NDArray[np.float64]:
         """The background of a block at pixel positions of the map."""
         return evaluate(self.coefficients[block], x, y, *_frame(placed, block))
@@ -71,7 +71,10 @@ class Backgrounds(NamedTuple):
         return np.stack(
             [
                 self.at(
-                    placed, block, grid[None, :] + placed.x0[block], grid[:, None] + placed.y0[block]
+                    placed,
+                    block,
+                    grid[None, :] + placed.x0[block],
+                    grid[:, None] + placed.y0[block],
                 )
                 for block in which
             ]
@@ -89,7 +92,11 @@ def level_at(
 
 
 def mosaic(
-    shape: tuple[int, int], placed: Windows, backgrounds: Backgrounds, fits: SourceFits, level: float
+    shape: tuple[int, int],
+    placed: Windows,
+    backgrounds: Backgrounds,
+    fits: SourceFits,
+    level: float,
 ) -> NDArray[np.float64]:
     """One background image from those of all blocks.
 
@@ -131,16 +138,18 @@ def separate_backgrounds(
     """
     options, method = config.background, config.fit_options.min_method
     image = np.where(_near_sources(data.shape, x, y, fwhm_pix), np.nan, data)
-    smallest = windows(placed.members, x, y, max(options.fix_min_box, 1.0) * fwhm_pix)
+    margins = _margins(options.fix_min_box, options.fix_max_box)
+    boxes = windows(placed.members, x, y, max(*margins, 1.0) * fwhm_pix)
+    common = boxes._replace(margin=max(options.fix_min_box, 1.0) * fwhm_pix)
     best, score = Backgrounds.empty(len(placed.members)), np.full(len(placed.members), np.inf)
-    for margin in _margins(options.fix_min_box, options.fix_max_box):
+    for margin in margins:
         for order in options.pol_orders_separate:
             if margin == 0:
                 fitted = _of_whole_map(image, rms, placed, order)
             else:
-                boxes = windows(placed.members, x, y, margin * fwhm_pix)
-                fitted = _of_boxes(image, rms, boxes, placed, x, y, order)
-            value = _score(image, rms, placed, fitted, smallest, x, y, method)
+                box = boxes._replace(margin=margin * fwhm_pix)
+                fitted = _of_boxes(image, rms, box, placed, x, y, order)
+            value = _score(image, rms, placed, fitted, common, x, y, method)
             better = value < score
             score[better] = value[better]
             best.coefficients[better], best.orders[better] = fitted.coefficients[better], order
@@ -221,7 +230,9 @@ def _polynomials(
         )
         coefficients = fit_groups(batch).coefficients[:, : len(powers(order))]
         for row, terms in enumerate(coefficients):
-            residual = (data[row] - evaluate(terms, grid_x, grid_y, centre, half)) * inverse_noise[row]
+            residual = (data[row] - evaluate(terms, grid_x, grid_y, centre, half)) * inverse_noise[
+                row
+            ]
             if usable[row].any():
                 spread = mad_std(residual[usable[row]])
                 usable[row] &= np.abs(residual) <= _CLIP_SIGMA * spread

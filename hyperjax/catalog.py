@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hyperjax.sources import SourceFits
     from hyperjax.maps import LocalGeometry, Map
     from hyperjax.photometry import Apertures
+    from hyperjax.sources import SourceFits
 
 MAX_PA_ERR_DEG = float(90 / np.sqrt(3))
 """Standard deviation of an angle that is uniform over 180 degrees: nothing is known of it."""

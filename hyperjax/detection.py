@@ -103,10 +103,10 @@ def detect(
 
 
 def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: str) -> int:
-    """Side of the high-pass filter's box in pixels, odd: `wanted`, or floor(FWHM)^2 where that is 0.
+    """Side of the high-pass filter's box in pixels, odd: `wanted`, or floor(FWHM)^2 if that is 0.
 
-    HYPER's floor(FWHM)^2 is below the size of a source for beams of less than four pixels; there the
-    box is four FWHM instead.
+    HYPER's floor(FWHM)^2 is below the size of a source for beams of less than four pixels; there
+    the box is four FWHM instead.
 
     Raises
     ------
@@ -270,7 +270,7 @@ def _at(
 def _brightest_pixel(
     data: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
 ) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-    """Column and row of the brightest pixel whose centre is within `radius` of the nearest one's."""
+    """Column and row of the brightest pixel within `radius` of the nearest one."""
     reach = int(radius)
     dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     near = np.hypot(dx, dy) <= radius

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -224,8 +223,12 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
 def _tolerances(options: FitOptions, dtype: Any) -> Tolerances:
     default = 1e-9 if dtype == np.float64 else 1e-6
     ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
-    floats = (np.asarray(value, dtype) for value in (ftol, options.xtol, options.gtol))
-    return Tolerances(*floats, np.asarray(options.max_steps, np.int32))
+    return Tolerances(
+        ftol=np.asarray(ftol, dtype),
+        xtol=np.asarray(options.xtol, dtype),
+        gtol=np.asarray(options.gtol, dtype),
+        max_steps=np.asarray(options.max_steps, np.int32),
+    )
 
 
 def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
@@ -306,9 +309,9 @@ def _solve_block(
 
     mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
     each, same = PartitionSpec("group"), PartitionSpec()
-    return jax.shard_map(
-        solve, mesh=mesh, in_specs=(each, same), out_specs=each, check_vma=False
-    )(problems, tolerances)
+    return jax.shard_map(solve, mesh=mesh, in_specs=(each, same), out_specs=each, check_vma=False)(
+        problems, tolerances
+    )
 
 
 # --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------
@@ -450,7 +453,7 @@ def _from_engine(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Arra
 
 
 def _ellipticity(xp: ModuleType, source: Array) -> Array:
-    """e = log(sigma_major / sigma_minor)."""
+    """Ellipticity e = log(sigma_major / sigma_minor)."""
     square = source[..., 4] ** 2 + source[..., 5] ** 2
     return xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1)), 0)
 

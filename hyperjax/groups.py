@@ -19,6 +19,8 @@ SLOTS = (1, 2, 4, 8)
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sides that windows are enlarged to, pixels."""
 
+_RARE = 32  # blocks that are too few to compile a fit for
+
 
 class Windows(NamedTuple):
     """Square windows of blocks of sources: arrays with one entry per block.
@@ -55,7 +57,7 @@ def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDA
 def blocks(
     labels: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> list[NDArray[np.int_]]:
-    """Members of each block: the groups, those too large for the engine cut in two as often as needed.
+    """Members of each block: the groups, those too large for the engine cut as often as needed.
 
     A cut goes across the longer extent of the group, through its median. What it separates is
     fitted jointly all the same if the blocks are fitted in turns.
@@ -87,19 +89,35 @@ def windows(
     high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
     needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
     side = np.array(SIDES)[np.minimum(np.searchsorted(SIDES, needed), len(SIDES) - 1)]
+    side = _without_rare_sides(side, _slots(members))
     corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
     return Windows(members, corner[:, 0], corner[:, 1], side, margin)
 
 
 def buckets(placed: Windows) -> dict[tuple[int, int], NDArray[np.int_]]:
     """Indices of the blocks that share the side of their window and their number of slots."""
-    sizes = np.array([len(m) for m in placed.members], int)
-    slots = np.array(SLOTS)[np.searchsorted(SLOTS, sizes)] if len(sizes) else sizes
+    slots = _slots(placed.members)
     keys = sorted(set(zip(placed.side.tolist(), slots.tolist(), strict=True)))
     return {
         (side, count): np.flatnonzero((placed.side == side) & (slots == count))
         for side, count in keys
     }
+
+
+def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:
+    """The number of sources that each block is padded to."""
+    return np.array(SLOTS)[np.searchsorted(SLOTS, [len(m) for m in members])]
+
+
+def _without_rare_sides(side: NDArray[np.int_], slots: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Enlarge windows of sides that few blocks have: a larger fit costs less than a compilation."""
+    side = side.copy()
+    for count in np.unique(slots):
+        for one in np.unique(side[slots == count])[:-1]:
+            same = (slots == count) & (side == one)
+            if same.sum() < _RARE:
+                side[same] = side[(slots == count) & (side > one)].min()
+    return side
 
 
 def cut_out(

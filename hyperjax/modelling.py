@@ -170,7 +170,7 @@ def _window_data(
 
 def _shifted(fits: SourceFits, placed: Windows, block: int) -> SourceFits:
     """The block's own sources in the coordinates of its window."""
-    own = SourceFits(*(column[placed.members[block]] for column in fits))
+    own = fits.take(placed.members[block])
     return own._replace(x=own.x - placed.x0[block], y=own.y - placed.y0[block])
 
 
@@ -257,7 +257,12 @@ def _batch(
         free[row, :count] = start.free[members]
         present[row, :count] = True
     return GroupBatch(
-        np.nan_to_num(image), weight, **arrays, free=free, present=present, order=np.zeros(len(which))
+        np.nan_to_num(image),
+        weight,
+        **arrays,
+        free=free,
+        present=present,
+        order=np.zeros(len(which)),
     )
 
 

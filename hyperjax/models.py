@@ -123,7 +123,7 @@ class Chart(NamedTuple):
 def robust(
     loss: str, z: Float[Array, "*any"]
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"], Float[Array, "*any"]]:
-    """The loss rho(z) of z = (residual / f_scale)^2, its weight rho' and curvature rho' + 2 z rho''.
+    """Loss rho(z) of z = (residual / f_scale)^2, weight rho' and curvature rho' + 2 z rho''.
 
     The losses are those of `scipy.optimize.least_squares` (Triggs et al. 2000, for the curvature,
     kept positive).
@@ -205,7 +205,7 @@ class Model(eqx.Module):
 def _weighted(
     loss: str, residual: Float[Array, " pixel"], problem: Problem
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " pixel"], Float[Array, " pixel"]]:
-    """Cost and sum of squares of the residuals, and the factors of gradient and matrix per pixel."""
+    """Cost and sum of squares of the residuals, and the pixels' factors in gradient and matrix."""
     chi2 = jnp.sum(residual**2)
     if loss == "linear":
         return 0.5 * chi2, chi2, jnp.ones_like(residual), jnp.ones_like(residual)
@@ -299,7 +299,7 @@ def precision_slopes(shape: Float[Array, " 3"]) -> Float[Array, "3 3"]:
 def _hyperbolic(
     shape: Float[Array, " 3"],
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """exp(-2 log size), cosh(e), sinh(e)/e and (cosh(e) - sinh(e)/e)/e^2, by their series near 0."""
+    """exp(-2 log size), cosh(e), sinh(e)/e and (cosh(e) - sinh(e)/e)/e^2, by series near 0."""
     log_size, e1, e2 = shape
     square = e1**2 + e2**2
     tiny = square < 1e-4
@@ -439,7 +439,7 @@ class GaussianGroup(Model):
     def retract(
         self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
     ) -> Float[Array, " P"]:
-        """The feasible point that the local `step` leads to: each sigma is clipped to its bounds."""
+        """The feasible point that the local `step` leads to, each sigma clipped to its bounds."""
         moved = params + chart.basis @ step
         shapes = jax.vmap(self._clip_shape)(
             self._sources(moved)[:, 3:],
@@ -501,8 +501,8 @@ class GaussianGroup(Model):
         return jax.vmap(lambda source: gaussian(x, y, source))(sources.at[:, 0].set(1))
 
     def _moments(self, rows: Float[Array, "row pixel"]) -> Float[Array, "row moment"]:
-        """sum over pixels of row * x^a y^b for all a + b <= degree: first along x, then along y."""
-        ny, nx = self.grid.shape
+        """Sums over the pixels of row * x^a y^b, a + b <= degree: first along x, then along y."""
+        nx = self.grid.shape[1]
         along_x, along_y = self._moment_matrices
         partial = rows.reshape(-1, nx) @ jnp.asarray(along_x, rows.dtype)
         return partial.reshape(len(rows), -1) @ jnp.asarray(along_y, rows.dtype)

@@ -79,7 +79,9 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     seconds: dict[str, float] = {}
     fwhm = map.beam_fwhm_pix
     with _timed(seconds, "noise"):
-        size = filter_size(fwhm, config.detection.kernel_size_pix, map.shape, str(map.path or map.name))
+        size = filter_size(
+            fwhm, config.detection.kernel_size_pix, map.shape, str(map.path or map.name)
+        )
         filtered = high_pass(map.data, size)
         rms = _noise(map, filtered, config)
     with _timed(seconds, "detection"):
@@ -124,8 +126,8 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
     if not rms > 0:
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "
-            "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms and "
-            "detection.rms_value"
+            "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "
+            "and detection.rms_value"
         )
     return rms
 

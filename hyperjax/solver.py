@@ -76,7 +76,8 @@ def begin(model: Model, problem: Problem) -> State:
     nowhere = Normal(
         jnp.asarray(jnp.inf, dtype),
         jnp.zeros((), dtype),
-        jnp.zeros(size, dtype), jnp.zeros((size, size), dtype)
+        jnp.zeros(size, dtype),
+        jnp.zeros((size, size), dtype),
     )
     usable = jnp.any(problem.weight > 0)
     return State(

@@ -58,3 +58,7 @@ class SourceFits(NamedTuple):
     niter: NDArray[np.int_]
     status: NDArray[np.int_]
     flags: NDArray[np.int_]
+
+    def take(self, index: NDArray[np.int_]) -> "SourceFits":
+        """Some of the sources."""
+        return SourceFits(**{name: column[index] for name, column in self._asdict().items()})
