@@ -36,8 +36,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-SIMULATED = ("--shape", "565", "635", "--sources", "500", "--blend-fraction", "0.2", "--seed", "1")
-"""The map if none is given: as many sources and pixels as hyper_py's published benchmark map."""
+SIMULATED = ("--shape", "360", "400", "--sources", "200", "--blend-fraction", "0.2", "--seed", "1")
+"""The map if none is given, as densely filled as the published one of hyper_py's benchmark."""
 
 HEADINGS = ("", "runs", "wall [s]", "CPU [s]", "memory [MiB]", "sources")
 PACKAGES = ("numpy", "scipy", "astropy", "photutils")
@@ -98,9 +98,12 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("map", nargs="?", type=Path, help="FITS map; one is simulated if not given")
-    python = {"metavar": "PYTHON", "type": program}
-    parser.add_argument("--hyper-py", help="Python that has hyper_py installed", **python)
-    parser.add_argument("--hyperjax", default=sys.executable, help="default: this one", **python)
+    parser.add_argument(
+        "--hyper-py", metavar="PYTHON", type=program, help="Python that has hyper_py installed"
+    )
+    parser.add_argument(
+        "--hyperjax", metavar="PYTHON", type=program, default=sys.executable, help="default: own"
+    )
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: 3")
     parser.add_argument("--sigma", type=float, default=4.0, help="threshold in rms; default: 4")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="of one run, s")

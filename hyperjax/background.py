@@ -19,9 +19,10 @@ from hyperjax.sources import SourceFits
 MAX_ORDER = 4
 _MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
 _MASK_SIZE = 1.5  # of the beam: sizes are not known yet
+_LEAST_COMMON = 2.0  # margin of the common pixels, beam FWHM: beyond the mask of the source
 _CLIP_ROUNDS = 3
 _CLIP_SIGMA = 3.0
-_TAPER = 0.5  # of the margin, from where a background fades into the map's level
+_TAPER = 0.75  # of the margin, from where a background fades: beyond the largest aperture
 
 
 def powers(order: int) -> NDArray[np.int_]:
@@ -101,7 +102,7 @@ def mosaic(
     """One background image from those of all blocks.
 
     A pixel has the background of the block whose source is nearest, which fades into the `level`
-    of the map from half the window's margin to the whole of it.
+    of the map from three quarters of the window's margin to the whole of it.
     """
     out = np.full(shape, level)
     nearest = np.full(shape, np.inf)
@@ -140,8 +141,10 @@ def separate_backgrounds(
     image = np.where(_near_sources(data.shape, x, y, fwhm_pix), np.nan, data)
     margins = _margins(options.fix_min_box, options.fix_max_box)
     boxes = windows(placed.members, x, y, max(*margins, 1.0) * fwhm_pix)
-    common = boxes._replace(margin=max(options.fix_min_box, 1.0) * fwhm_pix)
+    common = boxes._replace(margin=max(options.fix_min_box, _LEAST_COMMON) * fwhm_pix)
     best, score = Backgrounds.empty(len(placed.members)), np.full(len(placed.members), np.inf)
+    if len(score) == 0:
+        return best
     for margin in margins:
         for order in options.pol_orders_separate:
             if margin == 0:

@@ -5,14 +5,12 @@ Results go to the standard output; progress, log and errors go to the standard e
 """
 
 import logging
-import signal
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,13 +45,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, _end)
     app(prog_name="hyperjax")
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    """End on a signal as on Ctrl-C: other processes are ended, and temporary files removed."""
-    raise SystemExit(128 + number)
 
 
 # --- What the commands share ---------------------------------------------------------------------

@@ -37,9 +37,9 @@ class Detections(NamedTuple):
     peak
         Value of the filtered map at the peak, in the map's unit.
     snr
-        `peak` over `rms`.
+        `peak` over the scatter that it had to stand out of.
     rms
-        Noise at the peak, in the map's unit.
+        Noise of a pixel at the peak, in the map's unit.
     shoulder_score
         Asymmetry of the ring round the peak over the peak: near 0 for an isolated source, near 1
         on the flank of a brighter one.
@@ -70,7 +70,7 @@ def detect(
     filtered
         The map after `high_pass`, NaN where blank.
     rms
-        Noise of the filtered map.
+        Scatter of the filtered map, which the threshold is a multiple of.
     fwhm_pix
         FWHM of the beam in pixels.
     options
@@ -84,10 +84,10 @@ def detect(
     """
     x, y = find_peaks(filtered, fwhm_pix, options.roundlim, options.sharplim)
     logger.debug("%s: %d peaks in the filtered map", source, len(x))
+    x, y = snap(filtered, x, y, options.snap_radius_pix)
     clear = ndimage.distance_transform_edt(np.pad(np.isfinite(filtered), 1))[1:-1, 1:-1]
     inside = clear[_nearest(y, filtered.shape[0]), _nearest(x, filtered.shape[1])] > edge_pix
     x, y = x[inside], y[inside]
-    x, y = snap(filtered, x, y, options.snap_radius_pix)
     peak = local_peak(filtered, x, y, options.snap_radius_pix)
     order = np.argsort(-peak, kind="stable")
     order = order[peak[order] >= options.sigma_thres * rms]
@@ -125,13 +125,28 @@ def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: st
 
 
 def high_pass(data: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """The image minus its mean in a square box of `size` pixels; blank pixels count nowhere."""
+    """The image minus its mean in a square box of `size` pixels; blank pixels count nowhere.
+
+    A plane goes first: where a box is cut off by the edge, its mean is not that of its middle.
+    """
     valid = np.isfinite(data)
+    level = _plane(data, valid)
     share = ndimage.uniform_filter(valid.astype(float), size, mode="constant")
-    level = np.mean(data[valid])
     total = ndimage.uniform_filter(np.where(valid, data - level, 0.0), size, mode="constant")
-    mean = level + np.divide(total, share, out=np.zeros_like(total), where=valid)
-    return np.where(valid, data - mean, np.nan)
+    mean = np.divide(total, share, out=np.zeros_like(total), where=valid)
+    return np.where(valid, data - level - mean, np.nan)
+
+
+def _plane(data: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The least-squares plane (ny, nx) through the valid pixels, from their moments."""
+    middle = np.mean(data[valid])
+    y, x = (np.vander(np.linspace(-1, 1, length), 3, increasing=True) for length in data.shape)
+    area = y.T @ valid.astype(float) @ x  # [b, a]: sum of y^b x^a
+    pull = y[:, :2].T @ np.where(valid, data - middle, 0.0) @ x[:, :2]
+    terms = [(0, 0), (0, 1), (1, 0)]
+    matrix = [[area[b + d, a + c] for d, c in terms] for b, a in terms]
+    constant, along_x, along_y = np.linalg.lstsq(matrix, [pull[term] for term in terms])[0]
+    return np.asarray(middle + constant + along_x * x[:, 1] + along_y * y[:, 1:2])
 
 
 def find_peaks(
@@ -162,9 +177,9 @@ def snap(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Move each position to the centroid of the 3 x 3 pixels round the brightest one in reach.
 
-    The weights are the values above the smallest of the nine.
+    The weights are the values above the smallest of the nine. A radius of 0 moves none.
     """
-    if len(x) == 0:
+    if len(x) == 0 or radius == 0:
         return x, y
     column, row = _brightest_pixel(data, x, y, radius)
     step = np.arange(-1, 2)

@@ -237,12 +237,14 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     if arrays.data.ndim != 3 or 0 in arrays.data.shape:
         raise FitInputError(f"data: expected (group, ny, nx), not empty; got {arrays.data.shape}")
     count = len(arrays.data)
-    slots = arrays.present.shape[1] if arrays.present.ndim == 2 else 0
+    if arrays.present.ndim != 2 or arrays.present.shape[1] == 0:
+        raise FitInputError(f"present: expected (group, slot); got {arrays.present.shape}")
+    slots = arrays.present.shape[1]
     shapes = {"weight": arrays.data.shape, "present": (count, slots)}
     shapes |= dict.fromkeys(("start", "lower", "upper", "free"), (count, slots, SHAPE))
     shapes["order"] = (count,)
     for name, shape in shapes.items():
-        if getattr(arrays, name).shape != shape or slots == 0:
+        if getattr(arrays, name).shape != shape:
             raise FitInputError(f"{name}: expected {shape}; got {getattr(arrays, name).shape}")
     dtype = np.result_type(arrays.data.dtype, np.float32)
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):

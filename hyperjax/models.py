@@ -110,7 +110,8 @@ class Chart(NamedTuple):
     """Local coordinates round a point, in which the bounds are a box.
 
     A local step d moves the parameters by `basis` @ d to first order; `value` lies within
-    `lower` and `upper`; `frozen` coordinates must not move now.
+    `lower` and `upper`; `frozen` coordinates must not move now. `bend` is the second derivative of
+    the cost that comes from the path of a step being curved.
     """
 
     basis: Float[Array, "P P"]
@@ -118,6 +119,7 @@ class Chart(NamedTuple):
     lower: Float[Array, " P"]
     upper: Float[Array, " P"]
     frozen: Bool[Array, " P"]
+    bend: Float[Array, " P"]
 
 
 def robust(
@@ -184,7 +186,8 @@ class Model(eqx.Module):
         """Local coordinates at `params`: the parameters themselves."""
         frozen = jnp.zeros_like(problem.free)
         eye = jnp.eye(self.size, dtype=params.dtype)
-        return Chart(eye, params, problem.lower, problem.upper, frozen)
+        bend = jnp.zeros_like(params)
+        return Chart(eye, params, problem.lower, problem.upper, frozen, bend)
 
     def retract(
         self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
@@ -413,40 +416,47 @@ class GaussianGroup(Model):
         """Local coordinates at `params`: (log size, e1, e2) become (log major, log minor, turn).
 
         In them the bounds on the sigmas are a box. The turn moves (e1, e2) at right angles to
-        itself; where the source is circular its axes are those of the downhill direction, and
+        itself. Where the source is circular its axes are those of the downhill direction, and
         the turn is frozen if the circle is on a bound (any turn would leave it).
         """
         sources, slopes = self._sources(params), self._sources(gradient)
-        blocks, shape, frozen = jax.vmap(self._shape_chart)(
-            sources, slopes, self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
-        )
-        value = self._with_shapes(params, shape)
-        open_end = jnp.full_like(shape[:, 2], jnp.inf)
-        lower, upper = (
-            self._with_shapes(
-                bound,
-                jnp.stack([self._sources(bound)[:, 3], self._sources(bound)[:, 3], end], 1),
-            )
-            for bound, end in ((problem.lower, -open_end), (problem.upper, open_end))
-        )
+        low, high = self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
+        blocks, shape, frozen, bend = jax.vmap(_shape_chart)(sources, slopes, low, high)
+        endless = jnp.full_like(low, jnp.inf)
         basis = jnp.eye(self.size, dtype=params.dtype)
         for k in range(self.slots):
             at = slice(SHAPE * k + 3, SHAPE * k + 6)
             basis = basis.at[at, at].set(blocks[k])
-        turns = jnp.zeros(self.size, bool).at[5 : self.slots * SHAPE : SHAPE].set(frozen)
-        return Chart(basis, value, lower, upper, turns)
+        turns = slice(5, self.slots * SHAPE, SHAPE)
+        return Chart(
+            basis=basis,
+            value=self._with_shapes(params, shape),
+            lower=self._with_shapes(problem.lower, jnp.stack([low, low, -endless], 1)),
+            upper=self._with_shapes(problem.upper, jnp.stack([high, high, endless], 1)),
+            frozen=jnp.zeros(self.size, bool).at[turns].set(frozen),
+            bend=jnp.zeros_like(params).at[turns].set(bend),
+        )
 
     def retract(
         self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
     ) -> Float[Array, " P"]:
         """The feasible point that the local `step` leads to, each sigma clipped to its bounds."""
-        moved = params + chart.basis @ step
-        shapes = jax.vmap(self._clip_shape)(
-            self._sources(moved)[:, 3:],
-            self._sources(problem.lower)[:, 3],
-            self._sources(problem.upper)[:, 3],
+        low, high = self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
+        blocks = jnp.stack(
+            [
+                chart.basis[SHAPE * k + 3 : SHAPE * k + 6, SHAPE * k + 3 : SHAPE * k + 6]
+                for k in range(self.slots)
+            ]
         )
-        boxed = jnp.clip(moved, problem.lower, problem.upper)
+        shapes = jax.vmap(_move_shape)(
+            self._sources(params)[:, 3:],
+            blocks,
+            self._sources(chart.value)[:, 3:],
+            self._sources(step)[:, 3:],
+            low,
+            high,
+        )
+        boxed = jnp.clip(params + step, problem.lower, problem.upper)
         return self._with_shapes(boxed, shapes)
 
     def _with_shapes(
@@ -454,46 +464,6 @@ class GaussianGroup(Model):
     ) -> Float[Array, " P"]:
         sources = jnp.concatenate([self._sources(params)[:, :3], shapes], 1).ravel()
         return jnp.concatenate([sources, params[self.slots * SHAPE :]])
-
-    @staticmethod
-    def _shape_chart(
-        source: Float[Array, " 6"],
-        slope: Float[Array, " 6"],
-        lower: Float[Array, ""],
-        upper: Float[Array, ""],
-    ) -> tuple[Float[Array, "3 3"], Float[Array, " 3"], Bool[Array, ""]]:
-        """d(log size, e1, e2)/d(log major, log minor, turn), those coordinates, and frozen turn."""
-        ellipticity = source[4:]
-        e = jnp.sqrt(jnp.sum(ellipticity**2))
-        circular = e < 1e-9
-        axis = jnp.where(circular, -slope[4:], ellipticity)
-        length = jnp.sqrt(jnp.sum(axis**2))
-        axis = jnp.where(length > 0, axis / jnp.where(length > 0, length, 1), jnp.array([1.0, 0.0]))
-        major, minor = source[3] + e / 2, source[3] - e / 2
-        cos, sin = axis.astype(source.dtype)
-        block = jnp.stack(
-            [
-                jnp.stack(
-                    [0.5 * jnp.ones_like(cos), 0.5 * jnp.ones_like(cos), jnp.zeros_like(cos)]
-                ),
-                jnp.stack([cos, -cos, -sin]),
-                jnp.stack([sin, -sin, cos]),
-            ]
-        )
-        on_bound = (minor <= lower) | (major >= upper)
-        return block, jnp.stack([major, minor, jnp.zeros_like(major)]), circular & on_bound
-
-    @staticmethod
-    def _clip_shape(
-        shape: Float[Array, " 3"], lower: Float[Array, ""], upper: Float[Array, ""]
-    ) -> Float[Array, " 3"]:
-        """The nearest shape of the same orientation with both sigmas within bounds."""
-        square = shape[1] ** 2 + shape[2] ** 2
-        e = jnp.sqrt(square)
-        major = jnp.clip(shape[0] + e / 2, lower, upper)
-        minor = jnp.clip(shape[0] - e / 2, lower, upper)
-        shrink = jnp.where(square > 0, (major - minor) / jnp.where(square > 0, e, 1), 1)
-        return jnp.stack([(major + minor) / 2, shape[1] * shrink, shape[2] * shrink])
 
     def _unit_gaussians(self, sources: Float[Array, "slot 6"]) -> Float[Array, "slot pixel"]:
         """Each source's profile at unit peak."""
@@ -579,3 +549,73 @@ def _source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
         slopes = (-2 * (dxx * x0 + dxy * y0), -2 * (dxy * x0 + dyy * y0))
         rows.append(-0.5 * peak * jnp.stack([constant, *slopes, dxx, 2 * dxy, dyy]))
     return jnp.stack(rows)
+
+
+def _shape_chart(
+    source: Float[Array, " 6"],
+    slope: Float[Array, " 6"],
+    lower: Float[Array, ""],
+    upper: Float[Array, ""],
+) -> tuple[Float[Array, "3 3"], Float[Array, " 3"], Bool[Array, ""], Float[Array, ""]]:
+    """Chart of one source's shape: d(log size, e1, e2)/d(log major, log minor, turn), the values
+    of those coordinates, whether the turn is frozen, and its bend.
+
+    With one sigma on a bound a turn moves (e1, e2) on a circle of radius e, which adds minus the
+    slope along the radius, over e, to the second derivative.
+    """
+    ellipticity = source[4:]
+    e = jnp.sqrt(jnp.sum(ellipticity**2))
+    circular = e < 1e-9
+    axis = jnp.where(circular, -slope[4:], ellipticity)
+    length = jnp.sqrt(jnp.sum(axis**2))
+    axis = jnp.where(length > 0, axis / jnp.where(length > 0, length, 1), jnp.array([1.0, 0.0]))
+    cos, sin = axis.astype(source.dtype)
+    half, zero = 0.5 * jnp.ones_like(cos), jnp.zeros_like(cos)
+    block = jnp.stack(
+        [
+            jnp.stack([half, half, zero]),
+            jnp.stack([cos, -cos, -sin]),
+            jnp.stack([sin, -sin, cos]),
+        ]
+    )
+    value = jnp.stack([source[3] + e / 2, source[3] - e / 2, zero])
+    on_bound = _on_bound(value, lower, upper)
+    inward = jnp.maximum(-(slope[4] * cos + slope[5] * sin), 0)
+    bend = jnp.where(on_bound & ~circular, inward / jnp.where(circular, 1, e), 0)
+    return block, value, circular & on_bound, bend
+
+
+def _on_bound(
+    value: Float[Array, " 3"], lower: Float[Array, ""], upper: Float[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether log minor is on its lower or log major on its upper bound."""
+    slack = 8 * jnp.finfo(value.dtype).eps * (1 + jnp.abs(value))
+    return (value[1] <= lower + slack[1]) | (value[0] >= upper - slack[0])
+
+
+def _move_shape(
+    shape: Float[Array, " 3"],
+    block: Float[Array, "3 3"],
+    value: Float[Array, " 3"],
+    step: Float[Array, " 3"],
+    lower: Float[Array, ""],
+    upper: Float[Array, ""],
+) -> Float[Array, " 3"]:
+    """The shape (log size, e1, e2) after a local step.
+
+    Inside the bounds a step is straight in (log size, e1, e2), smooth through the circle, then
+    clipped. On a bound it changes the axes and turns them, so that the bound is kept.
+    """
+    straight = shape + block @ step
+    e = jnp.sqrt(jnp.sum(straight[1:] ** 2))
+    major = jnp.clip(straight[0] + e / 2, lower, upper)
+    minor = jnp.clip(straight[0] - e / 2, lower, upper)
+    shrink = jnp.where(e > 0, (major - minor) / jnp.where(e > 0, e, 1), 1)
+    clipped = jnp.stack([(major + minor) / 2, straight[1] * shrink, straight[2] * shrink])
+
+    major, minor = value[0] + step[0], value[1] + step[1]
+    towards = (value[0] - value[1]) * block[1:, 0] + step[2] * block[1:, 2]
+    length = jnp.sqrt(jnp.sum(towards**2))
+    axis = jnp.where(length > 0, towards / jnp.where(length > 0, length, 1), block[1:, 0])
+    turned = jnp.concatenate([(major + minor)[None] / 2, (major - minor) * axis])
+    return jnp.where(_on_bound(value, lower, upper), turned, clipped)

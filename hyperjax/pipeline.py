@@ -16,7 +16,7 @@ from hyperjax.detection import Detections, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError
 from hyperjax.maps import Map
 from hyperjax.modelling import detected_only, model_sources
-from hyperjax.noise import clipped_rms
+from hyperjax.noise import clipped_rms, rms_between_sources
 from hyperjax.photometry import aperture_photometry
 
 logger = logging.getLogger(__name__)
@@ -83,17 +83,18 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             fwhm, config.detection.kernel_size_pix, map.shape, str(map.path or map.name)
         )
         filtered = high_pass(map.data, size)
-        rms = _noise(map, filtered, config)
+        scatter, rms = _noise(map, filtered, size, config)
     with _timed(seconds, "detection"):
         found = detect(
             filtered,
-            rms,
+            scatter,
             fwhm,
             config.detection,
             edge_pix=config.photometry.aper_inf * fwhm,
             separation_pix=_separation(map, config),
             source=map.name,
         )
+        found = found._replace(rms=np.full(len(found.x), rms))
     logger.info("%s: noise %.4g Jy/beam, %d sources detected", map.name, rms, len(found.x))
     rms_map = np.where(np.isfinite(map.data), rms, np.nan)
     with _timed(seconds, "fit"):
@@ -118,18 +119,23 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     return Extraction(map, config, catalog, image, background, residual, rms_map, found, seconds)
 
 
-def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
-    """The noise of the filtered map, Jy/beam."""
+def _noise(
+    map: Map, filtered: NDArray[np.float64], size: int, config: Config
+) -> tuple[float, float]:
+    """What peaks must stand out of, and the noise of a pixel; Jy/beam.
+
+    The first is the scatter of the whole filtered map, with the dips that sources leave in it.
+    """
     if config.detection.use_manual_rms:
-        return config.detection.rms_value
-    rms = clipped_rms(filtered)
-    if not rms > 0:
+        return config.detection.rms_value, config.detection.rms_value
+    scatter = clipped_rms(filtered)
+    if not scatter > 0:
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "
             "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "
             "and detection.rms_value"
         )
-    return rms
+    return scatter, rms_between_sources(map.data, size)
 
 
 def _separation(map: Map, config: Config) -> float:

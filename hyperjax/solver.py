@@ -149,7 +149,7 @@ def to_local(normal: Normal, chart: Chart) -> Normal:
         normal.cost,
         normal.chi2,
         chart.basis.T @ normal.gradient,
-        chart.basis.T @ normal.matrix @ chart.basis,
+        chart.basis.T @ normal.matrix @ chart.basis + jnp.diag(chart.bend),
     )
 
 

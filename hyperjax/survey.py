@@ -14,13 +14,14 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 SOME_FAILED = 1
 """Exit code where some of several maps failed, and that of errors that nobody foresaw."""
 
-_LAST_SECONDS = 2.0  # that a process whose parent has died has to clean up
+_LAST_SECONDS = 2.0  # that a process has to clean up when it is told to end
 _MERGED = "ALL"  # stands for the map's name in the names of the merged tables
 
 
@@ -488,11 +489,20 @@ def _in_processes(
                 idle.append(_usable(process, future))
                 yield _reported(future, task)
     finally:
-        if running:
-            for child in set(multiprocessing.active_children()) - others:
-                child.terminate()
-        for process in [*idle, *(process for _, process in running.values())]:
-            process.shutdown(cancel_futures=True)
+        interrupted = set(multiprocessing.active_children()) - others if running else set()
+        _end([*idle, *(process for _, process in running.values())], interrupted)
+
+
+def _end(processes: Iterable[ProcessPoolExecutor], interrupted: Set[BaseProcess]) -> None:
+    """End processes that are idle; those that work get a moment to remove temporary files."""
+    for child in interrupted:
+        child.terminate()
+    for process in processes:
+        process.shutdown(wait=not interrupted, cancel_futures=True)
+    for child in interrupted:
+        child.join(_LAST_SECONDS)
+        child.kill()
+        child.join()
 
 
 def _new_process() -> ProcessPoolExecutor:

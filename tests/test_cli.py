@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 import hyperjax
 from hyperjax import cli, survey
 from hyperjax.config import Config, load_config
+from hyperjax.products import write_extraction
 from hyperjax.simulate import Simulation
 
 COMMANDS = ("run", "init", "simulate", "demo")
@@ -40,7 +42,8 @@ def here(
 
 @pytest.fixture
 def fake_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Find one source on any map, without JAX."""
+    """Find one source on any map, without JAX, and draw nothing."""
+    monkeypatch.setattr(survey, "write_extraction", partial(write_extraction, plots=False))
     monkeypatch.setattr(survey, "_extractor", lambda cores: one_source)
 
 
@@ -66,7 +69,7 @@ def hyperjax_command(*args: object) -> Any:
 def hyperjax_process(*args: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run a command in a process of its own."""
     command = [sys.executable, "-m", "hyperjax", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def options_in(path: Path) -> dict[str, Any]:

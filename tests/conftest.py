@@ -1,0 +1,8 @@
+"""Settings that hold for all tests."""
+
+import os
+
+from hyperjax.fitting import configure_runtime
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+configure_runtime()

@@ -1,0 +1,213 @@
+"""Groups, blocks and windows, against brute force and plain slicing of padded images."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
+
+from hyperjax.groups import (
+    SIDES,
+    SLOTS,
+    Windows,
+    blocks,
+    buckets,
+    cut_out,
+    link,
+    overlap,
+    windows,
+    within_reach,
+)
+
+POSITIONS = st.lists(
+    st.tuples(st.floats(-50, 50, width=32), st.floats(-50, 50, width=32)), max_size=25
+)
+
+
+def columns(positions: list[tuple[float, float]]) -> tuple[NDArray, NDArray]:
+    """Arrays x and y of some positions."""
+    x, y = np.array(positions, float).reshape(-1, 2).T
+    return x, y
+
+
+def scattered(count: int, extent: float, seed: int = 0) -> tuple[NDArray, NDArray]:
+    """Random positions in a square."""
+    x, y = np.random.default_rng(seed).uniform(0, extent, (2, count))
+    return x, y
+
+
+def transitive_closure(x: NDArray, y: NDArray, distance: float) -> NDArray:
+    """Whether two sources are connected (n, n), by powers of the matrix of the close pairs."""
+    xy = np.column_stack([x, y])
+    connected = cdist(xy, xy) <= distance
+    for _ in range(len(x)):
+        connected = connected @ connected
+    return connected
+
+
+# --- link ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(POSITIONS, st.floats(0.5, 40))
+def test_two_sources_share_a_group_where_a_chain_of_close_pairs_connects_them(
+    positions: list[tuple[float, float]], distance: float
+) -> None:
+    x, y = columns(positions)
+    group = link(x, y, distance)
+    assert_array_equal(group[:, None] == group, transitive_closure(x, y, distance))
+
+
+@settings(deadline=None)
+@given(POSITIONS)
+def test_groups_are_numbered_without_gaps(positions: list[tuple[float, float]]) -> None:
+    group = link(*columns(positions), 8.0)
+    assert_array_equal(np.unique(group), np.arange(len(np.unique(group))))
+
+
+def test_none_and_one_source() -> None:
+    assert link(np.zeros(0), np.zeros(0), 3.0).shape == (0,)
+    assert_array_equal(link(np.array([4.0]), np.array([2.0]), 3.0), [0])
+
+
+def test_a_chain_is_one_group_and_a_gap_divides_it() -> None:
+    x = np.array([0.0, 2.0, 4.0, 6.0, 9.0, 11.0])
+    assert_array_equal(link(x, np.zeros(6), 2.5), [0, 0, 0, 0, 1, 1])
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(POSITIONS, st.floats(1, 60))
+def test_blocks_hold_every_source_once_and_no_more_than_the_engine_takes(
+    positions: list[tuple[float, float]], distance: float
+) -> None:
+    x, y = columns(positions)
+    group = link(x, y, distance)
+    members = blocks(group, x, y)
+    assert_array_equal(np.sort(np.concatenate([*members, np.zeros(0, int)])), np.arange(len(x)))
+    for block in members:
+        assert 1 <= len(block) <= SLOTS[-1]
+        assert len(np.unique(group[block])) == 1
+    for label, size in enumerate(np.bincount(group)):
+        if size <= SLOTS[-1]:
+            assert sum(label in group[block] for block in members) == 1
+
+
+def test_a_group_of_thirty_is_cut_across_its_longer_extent() -> None:
+    x, y = scattered(30, 40.0)
+    y /= 100
+    members = blocks(np.zeros(30, int), x, y)
+    assert sorted(len(block) for block in members) == [7, 7, 8, 8]
+    reach = sorted((x[block].min(), x[block].max()) for block in members)
+    assert all(before[1] < after[0] for before, after in pairwise(reach))
+
+
+# --- windows -------------------------------------------------------------------------------------
+
+
+def placed_at_random(seed: int = 3) -> tuple[Windows, NDArray, NDArray]:
+    """Windows round the groups of 300 sources, of one to a dozen each."""
+    x, y = scattered(300, 400.0, seed)
+    return windows(blocks(link(x, y, 14.0), x, y), x, y, 10.5), x, y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_hold_their_sources_with_the_margin(seed: int) -> None:
+    placed, x, y = placed_at_random(seed)
+    for members, x0, y0, side in zip(
+        placed.members, placed.x0, placed.y0, placed.side, strict=True
+    ):
+        assert side in SIDES
+        for first, position in ((x0, x[members]), (y0, y[members])):
+            assert position.min() - placed.margin >= first - 0.5
+            assert position.max() + placed.margin <= first + side - 0.5
+
+
+def test_no_sources_have_no_windows() -> None:
+    placed = windows([], np.zeros(0), np.zeros(0), 5.0)
+    assert placed.side.shape == placed.x0.shape == placed.y0.shape == (0,)
+    assert buckets(placed) == {}
+
+
+def test_one_source_is_in_the_middle_of_the_smallest_side_that_holds_it() -> None:
+    placed = windows([np.array([0])], np.array([100.2]), np.array([-3.4]), 10.0)
+    assert_array_equal(placed.side, [24])  # 2 x 10 + 1 pixels are needed
+    middle = placed.x0[0] + 11.5, placed.y0[0] + 11.5
+    assert np.abs(np.subtract(middle, (100.2, -3.4))).max() <= 0.5
+
+
+def test_buckets_partition_the_blocks_by_side_and_slots() -> None:
+    placed, _, _ = placed_at_random()
+    parts = buckets(placed)
+    assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(placed.side)))
+    assert len({slots for _, slots in parts}) > 2
+    for (side, slots), which in parts.items():
+        assert slots in SLOTS
+        assert (placed.side[which] == side).all()
+        sizes = np.array([len(placed.members[block]) for block in which])
+        assert (sizes <= slots).all()
+        assert (2 * sizes > slots).all()
+
+
+def test_few_blocks_of_a_side_get_the_next_larger_one_that_is_in_use() -> None:
+    """Forty pairs need 24 pixels, three need 32, and one 48: 32 is too rare to be compiled."""
+    separation = np.repeat([1.0, 8.0, 20.0], [40, 3, 1])
+    x = np.column_stack([np.zeros(44), separation]).ravel()
+    members = list(np.arange(88).reshape(-1, 2))
+    placed = windows(members, x, np.zeros(88), 10.0)
+    assert_array_equal(placed.side, np.repeat([24, 48], [40, 4]))
+
+
+# --- cutouts -------------------------------------------------------------------------------------
+
+SHAPE = (30, 40)
+
+
+def single(x: float, y: float, margin: float = 7.0) -> Windows:
+    """The window of one source."""
+    return windows([np.array([0])], np.array([x]), np.array([y]), margin)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [(20.0, 15.0), (0.0, 0.0), (39.0, 29.0), (-0.4, 29.4), (39.4, 3.0), (500.0, 10.0)],
+)
+def test_cutouts_are_the_image_padded_with_blanks(position: tuple[float, float]) -> None:
+    image = np.random.default_rng(0).normal(size=SHAPE)
+    placed = single(*position)
+    cutout = cut_out(image, placed, np.array([0]))
+    pad, side = 600, placed.side[0]
+    padded = np.pad(image, pad, constant_values=np.nan)
+    x0, y0 = placed.x0[0] + pad, placed.y0[0] + pad
+    assert_array_equal(cutout, padded[None, y0 : y0 + side, x0 : x0 + side])
+
+
+def test_cutouts_have_the_fill_outside_the_image() -> None:
+    cutout = cut_out(np.ones(SHAPE), single(0.0, 10.0), np.array([0]), fill=-2.0)
+    assert set(np.unique(cutout)) == {-2.0, 1.0}
+
+
+def test_an_overlap_outside_the_image_is_empty() -> None:
+    here, there = overlap(50, -30, 16, SHAPE)
+    assert np.zeros((16, 16))[here].size == np.zeros(SHAPE)[there].size == 0
+
+
+def test_pixels_within_reach_of_the_own_sources_only() -> None:
+    placed, x, y = placed_at_random()
+    reach = 6.0
+    for which in buckets(placed).values():
+        mask = within_reach(placed, which, x, y, reach)
+        for inside, block in zip(mask, which, strict=True):
+            rows, columns = np.indices(inside.shape)
+            pixels = np.column_stack(
+                [columns.ravel() + placed.x0[block], rows.ravel() + placed.y0[block]]
+            )
+            own = placed.members[block]
+            distance = cdist(pixels, np.column_stack([x[own], y[own]])).min(axis=1)
+            assert_array_equal(inside.ravel(), distance <= reach)
