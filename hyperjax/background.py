@@ -93,32 +93,31 @@ def level_at(
 
 
 def mosaic(
-    shape: tuple[int, int],
     placed: Windows,
     backgrounds: Backgrounds,
     fits: SourceFits,
-    level: float,
+    smooth: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """One background image from those of all blocks.
 
-    A pixel has the background of the block whose source is nearest, which fades into the `level`
-    of the map from three quarters of the window's margin to the whole of it.
+    A pixel has the background of the block whose source is nearest, which fades into the `smooth`
+    background of the whole map (ny, nx) from half the window's margin to the whole of it.
     """
-    out = np.full(shape, level)
-    nearest = np.full(shape, np.inf)
+    out = smooth.copy()
+    nearest = np.full(smooth.shape, np.inf)
     grid = np.arange(int(placed.side.max())) if len(placed.side) else np.zeros(0, int)
     for block, members in enumerate(placed.members):
         side, x0, y0 = int(placed.side[block]), int(placed.x0[block]), int(placed.y0[block])
-        here, there = overlap(x0, y0, side, shape)
+        here, there = overlap(x0, y0, side, smooth.shape)
         x, y = grid[None, :side] + x0, grid[:side, None] + y0
         distance = np.min(
             [np.hypot(x - fits.x[source], y - fits.y[source]) for source in members], axis=0
-        )
+        )[here]
         fade = np.clip((1 - distance / placed.margin) / (1 - _TAPER), 0, 1)
-        image = level + fade * (backgrounds.at(placed, block, x, y) - level)
-        mine = distance[here] < nearest[there]
-        out[there] = np.where(mine, image[here], out[there])
-        nearest[there] = np.minimum(distance[here], nearest[there])
+        image = smooth[there] + fade * (backgrounds.at(placed, block, x, y)[here] - smooth[there])
+        mine = distance < nearest[there]
+        out[there] = np.where(mine, image, out[there])
+        nearest[there] = np.minimum(distance, nearest[there])
     return out
 
 

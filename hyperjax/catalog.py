@@ -209,8 +209,10 @@ def merge_catalogs(catalogs: Sequence[QTable]) -> QTable:
     """Stack the catalogues of several maps (at least one); units become those of the first.
 
     Metadata that all share stay as they are; the others become ``meta["maps"]``, one dictionary
-    for each map.
+    for each map. A single catalogue is returned as it is.
     """
+    if len(catalogs) == 1:
+        return catalogs[0]
     same_units = [_with_units_of(catalogs[0], catalog) for catalog in catalogs]
     merged = vstack(same_units, metadata_conflicts="silent")
     shared = {

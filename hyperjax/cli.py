@@ -573,7 +573,7 @@ def _print_score(result: "SurveyResult", simulated: "Simulated") -> None:
     """Compare a demonstration's catalogue with the truth, in words, a table and a picture."""
     from hyperjax.evaluate import matches, score
     from hyperjax.figures import comparison, save_figure
-    from hyperjax.products import atomic_path
+    from hyperjax.files import atomic_path
 
     catalog, truth = result.outcomes[0].catalog, simulated.truth
     radius = simulated.options.beam_fwhm_arcsec / 2

@@ -451,7 +451,7 @@ class FitOptions(_Section):
         NotNegative,
         Differs("2 x aper_sup", "neighbours further out are subtracted between the sweeps"),
     ] = Field(
-        default=1.5, description="Sources that are closer than this are fitted jointly [beam FWHM]."
+        default=2.5, description="Sources that are closer than this are fitted jointly [beam FWHM]."
     )
     window_fwhm: Positive = Field(
         default=3.0,

@@ -8,12 +8,14 @@ says little about a compact source.
 """
 
 import logging
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 from astropy.stats import sigma_clipped_stats
 from numpy.typing import NDArray
 from photutils.detection import DAOStarFinder
+from photutils.utils.exceptions import NoDetectionsWarning
 from scipy import ndimage
 from scipy.spatial import KDTree
 
@@ -102,6 +104,16 @@ def detect(
     return found
 
 
+def with_companions(first: Detections, more: Detections, separation_pix: float) -> Detections:
+    """Detections, and after them those of `more` that are not closer than a separation to one."""
+    if len(first.x) == 0 or len(more.x) == 0:
+        new = np.ones(len(more.x), bool)
+    else:
+        tree = KDTree(np.column_stack([first.x, first.y]))
+        new = tree.query(np.column_stack([more.x, more.y]))[0] >= separation_pix
+    return Detections(*(np.concatenate([a, b[new]]) for a, b in zip(first, more, strict=True)))
+
+
 def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: str) -> int:
     """Side of the high-pass filter's box in pixels, odd: `wanted`, or floor(FWHM)^2 if that is 0.
 
@@ -157,7 +169,10 @@ def find_peaks(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Positions (x, y) of the peaks of a high-pass filtered map, by DAOStarFinder."""
     positive = np.clip(np.nan_to_num(filtered), 0, None)
-    positive *= _FILTER_PEAK / max(float(positive.max()), np.finfo(float).tiny)
+    top = float(positive.max())
+    if not top > 0:
+        return np.zeros(0), np.zeros(0)
+    positive *= _FILTER_PEAK / top
     scatter = sigma_clipped_stats(positive[np.isfinite(filtered)], sigma=3.0, maxiters=10)[2]
     finder = DAOStarFinder(
         threshold=_FINDER_SIGMA * scatter,
@@ -166,7 +181,9 @@ def find_peaks(
         roundness_range=roundlim,
         min_separation=0,
     )
-    table = finder.find_stars(positive)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoDetectionsWarning)
+        table = finder.find_stars(positive)
     if table is None:
         return np.zeros(0), np.zeros(0)
     return np.array(table["x_centroid"], float), np.array(table["y_centroid"], float)

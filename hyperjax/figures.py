@@ -6,12 +6,14 @@ display, and several threads may draw at once.
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import astropy.units as u
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.visualization.wcsaxes import WCSAxes
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
@@ -21,7 +23,8 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 
-from hyperjax.products import atomic_path, has_shape
+from hyperjax.files import atomic_path
+from hyperjax.products import has_shape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,6 +51,9 @@ _PULL_RANGE = 5.0  # deviations beyond are counted in the outermost bins
 _TICK_INCHES = 0.9  # between the ticks of sky coordinates, about
 _TICK_DISTANCE = 0.06  # of the ticks of the colour bar, as a fraction of its length
 _DPI = 150
+_QUICK_PNG: dict[str, Any] = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # and as small
+
+_HOURS_MINUTES_SECONDS = ("ʰ", "ᵐ", "ˢ")  # letters: superscripts are slow to typeset
 
 _SKY_NAMES = {
     "icrs": ("Right ascension", "Declination"),
@@ -127,9 +133,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     OutputError
         If the file cannot be written.
     """
-    options: dict[str, Any] = (
-        {"pil_kwargs": {"compress_level": 3}} if path.suffix == ".png" else {}
-    )  # faster
+    options = {"pil_kwargs": _QUICK_PNG} if path.suffix == ".png" else {}
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, **options)
 
@@ -243,6 +247,8 @@ def _label_sky(axes: WCSAxes, map: Map, *, bottom: bool, left: bool) -> None:
         coordinate.set_axislabel_position(side)
         coordinate.set_ticklabel(size=8, exclude_overlapping=True)
         coordinate.set_ticklabel_visible(labelled)
+        if coordinate.get_format_unit() == u.hourangle:
+            coordinate.set_separator(_HOURS_MINUTES_SECONDS)
         coordinate.set_axislabel(name if labelled else " ", fontsize=9)
 
 
@@ -252,8 +258,9 @@ def _draw_image(
     """Draw an image, averaged or not, over the pixels of a map of the given shape."""
     rows, columns = shape[0] // image.shape[0], shape[1] // image.shape[1]
     extent = (-0.5, columns * image.shape[1] - 0.5, -0.5, rows * image.shape[0] - 0.5)
+    colours = colormaps[_COLOUR_MAP](norm(image), bytes=True)  # quicker than to have them resampled
     axes.set_facecolor(_BLANK_COLOUR)
-    axes.imshow(image, origin="lower", extent=extent, norm=norm, cmap=_COLOUR_MAP, aspect="auto")
+    axes.imshow(colours, origin="lower", extent=extent, aspect="auto")
     axes.set_xlim(-0.5, shape[1] - 0.5)
     axes.set_ylim(-0.5, shape[0] - 0.5)
 
@@ -298,9 +305,8 @@ def _draw_sources(axes: WCSAxes, wcs: WCS, catalog: QTable) -> None:
     outlines = ellipse_outlines(wcs, centre, *shape)  # of no size where there is no shape
     few = len(sources) <= _LABEL_LIMIT
     width = 1.0 if few else 0.6
-    rim = withStroke(linewidth=width + 0.8, foreground="black", alpha=0.6)
-    style: dict[str, Any] = {"edgecolors": _SKY_BLUE, "linewidths": width, "path_effects": [rim]}
-    axes.add_collection(PolyCollection(list(outlines[shaped]), facecolors="none", **style))
+    for edge in ({"ec": "black", "lw": width + 0.8, "alpha": 0.6}, {"ec": _SKY_BLUE, "lw": width}):
+        axes.add_collection(PolyCollection(outlines[shaped], facecolors="none", **edge))
     axes.plot(*outlines[~shaped, 0].T, "+", color=_SKY_BLUE, ms=6 if few else 3)
     if few:
         _draw_labels(axes, outlines, sources["HYPER_ID"])

@@ -149,9 +149,7 @@ class Scale(NamedTuple):
     weight: Float[Array, " group"]
 
 
-def configure_runtime(
-    cpu_devices: int | None = None, cache: Path | None = None, x64: bool = True
-) -> None:
+def configure_runtime(cpu_devices: int | None = None, cache: Path | None = None) -> None:
     """Set jax up for a process of its own; call it before the first computation.
 
     One process uses all cores: each is a device of jax's, and the fits are divided over the
@@ -165,8 +163,6 @@ def configure_runtime(
     cache
         Folder of the persistent compilation cache; `hyperjax` in the user's cache folder unless
         given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.
-    x64
-        Compute in double precision.
     """
     from platformdirs import user_cache_dir
 
@@ -175,7 +171,6 @@ def configure_runtime(
     )
     devices = cpu_devices or len(os.sched_getaffinity(0))
     os.environ.setdefault("NPROC", str(2 * devices))
-    jax.config.update("jax_enable_x64", x64)
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -188,7 +183,8 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     Parameters
     ----------
     batch
-        Groups on cutouts of one size; float32 or float64 decides the precision of the fit.
+        Groups on cutouts of one size. Its data's type, float32 or float64, is that of the fit,
+        whatever jax's own default.
     options
         See `FitOptions`.
 
@@ -214,7 +210,8 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     for first in range(0, count, _BLOCKS[-1]):
         piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
         size = len(piece.data)
-        solved = _solve_block(model, devices, lanes, _padded(piece, devices), tolerances)
+        with jax.enable_x64(batch.data.dtype == np.float64):
+            solved = _solve_block(model, devices, lanes, _padded(piece, devices), tolerances)
         solutions.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], solved))  # noqa: B023
     solution = jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
     return to_results(np, model, batch, scale, problems, solution)
@@ -247,8 +244,6 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         if getattr(arrays, name).shape != shape:
             raise FitInputError(f"{name}: expected {shape}; got {getattr(arrays, name).shape}")
     dtype = np.result_type(arrays.data.dtype, np.float32)
-    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise FitInputError("data: float64 needs jax_enable_x64 (or call configure_runtime first)")
     floats = {
         name: np.ascontiguousarray(getattr(arrays, name), dtype)
         for name in ("data", "weight", "start", "lower", "upper")

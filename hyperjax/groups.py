@@ -13,7 +13,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-SLOTS = (1, 2, 4, 8)
+SLOTS = (1, 3, 8)
 """Numbers of sources that blocks are padded to; a larger group is cut into blocks."""
 
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)

@@ -27,8 +27,8 @@ from astropy.io import fits
 from astropy.utils.exceptions import AstropyUserWarning
 from astropy.wcs import WCS, FITSFixedWarning, WcsError
 from astropy.wcs.utils import pixel_to_skycoord, proj_plane_pixel_scales, wcs_to_celestial_frame
+from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import RectBivariateSpline
 
 from hyperjax.errors import (
     BlankMapError,
@@ -51,6 +51,7 @@ __all__ = [
     "beam_for_survey",
     "brightness_unit",
     "local_geometry",
+    "map_name",
     "pixel_area_map",
     "pixel_covariance",
     "read_map",
@@ -411,32 +412,47 @@ def _determinant(matrix: FloatArray) -> FloatArray:
     return matrix[..., 0, 0] * matrix[..., 1, 1] - matrix[..., 0, 1] * matrix[..., 1, 0]
 
 
-_AREA_STEP_PIX = 64  # between the nodes of the area's spline
-_AREA_TOLERANCE = 1e-7  # relative, halfway between the nodes
-_AREA_BLOCK_PIX = 1 << 18  # pixels computed at once where no spline serves
+_AREA_DEGREE = 15  # of the polynomial through the areas, along each axis
+_AREA_TOLERANCE = 1e-7  # relative, between the nodes
+_AREA_BLOCK_PIX = 1 << 18  # pixels computed at once where no polynomial serves
 
 
 def pixel_area_map(wcs: WCS, shape: tuple[int, ...]) -> FloatArray:
     """Solid angle of every pixel of a map in square arcseconds, (ny, nx).
 
-    A cubic spline through a coarse grid of local areas, accurate to 1e-7; every pixel on its own
-    where that is not reached, or where parts of the grid are off the sky (NaN there).
+    A polynomial through the local areas at Chebyshev's nodes, accurate to 1e-7; every pixel on its
+    own where that is not reached, or where parts of the map are off the sky (NaN there).
     """
     ny, nx = shape
-    y, x = (np.linspace(0.0, n - 1.0, max(4, math.ceil(n / _AREA_STEP_PIX) + 1)) for n in shape)
-    nodes = _area_on_grid(wcs, y, x)
-    if np.isfinite(nodes).all():
-        spline = RectBivariateSpline(y, x, nodes)
-        between_y, between_x = (0.5 * (v[1:] + v[:-1]) for v in (y, x))
-        exact = _area_on_grid(wcs, between_y, between_x)
-        if np.all(np.abs(spline(between_y, between_x) - exact) <= _AREA_TOLERANCE * exact):
-            return np.asarray(spline(np.arange(ny), np.arange(nx)))
+    nodes = chebyshev.chebpts1(_AREA_DEGREE + 1)
+    areas = _area_on_grid(wcs, *(_to_pixels(nodes, size) for size in shape))
+    if np.isfinite(areas).all():
+        between = np.concatenate([[-1.0], 0.5 * (nodes[1:] + nodes[:-1]), [1.0]])
+        exact = _area_on_grid(wcs, *(_to_pixels(between, size) for size in shape))
+        error = _through_nodes(areas, nodes, between, between) - exact
+        if np.all(np.abs(error) <= _AREA_TOLERANCE * exact):
+            centres = ((2.0 * np.arange(size) + 1.0) / size - 1.0 for size in shape)
+            return _through_nodes(areas, nodes, *centres)
     area = np.empty(shape)
     rows = max(1, _AREA_BLOCK_PIX // nx)
     for start in range(0, ny, rows):
         block = np.arange(start, min(start + rows, ny))
         area[block] = _area_on_grid(wcs, block, np.arange(nx))
     return area
+
+
+def _to_pixels(place: FloatArray, size: int) -> FloatArray:
+    """Pixel coordinates of places from -1 to 1, the outer edges of an axis of ``size`` pixels."""
+    return 0.5 * size * (place + 1.0) - 0.5
+
+
+def _through_nodes(
+    values: FloatArray, nodes: FloatArray, y: FloatArray, x: FloatArray
+) -> FloatArray:
+    """Polynomial through values at pairs of nodes, at pairs of other places: (len(y), len(x))."""
+    to_coefficients = np.linalg.inv(chebyshev.chebvander(nodes, _AREA_DEGREE))
+    rows, columns = (chebyshev.chebvander(v, _AREA_DEGREE) @ to_coefficients for v in (y, x))
+    return np.asarray(rows @ values @ columns.T)
 
 
 def _area_on_grid(wcs: WCS, y: ArrayLike, x: ArrayLike) -> FloatArray:
@@ -623,7 +639,7 @@ def read_map(
         frequency = _frequency(header, wcs, path, frequency_ghz) if in_kelvin else None
     native_per_jy_beam = _native_per_jy_beam(native_unit, beam, celestial, data.shape, frequency)
     data /= native_per_jy_beam
-    return Map(_map_name(path), path, data, celestial, beam, native_unit, native_per_jy_beam, frame)
+    return Map(map_name(path), path, data, celestial, beam, native_unit, native_per_jy_beam, frame)
 
 
 @contextmanager
@@ -635,7 +651,8 @@ def _mended_headers_unsaid() -> Iterator[None]:
         yield
 
 
-def _map_name(path: Path) -> str:
+def map_name(path: Path) -> str:
+    """Name of a map: that of its file without the ending."""
     return re.sub(r"\.(fits|fit|fts)(\.(gz|fz))?$", "", path.name, flags=re.IGNORECASE)
 
 

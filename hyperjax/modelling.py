@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hyperjax.background import Backgrounds, level_at, mosaic, separate_backgrounds
 from hyperjax.catalog import FLAGS
 from hyperjax.config import Config
-from hyperjax.detection import Detections
+from hyperjax.detection import Detections, high_pass, local_peak
 from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
 from hyperjax.groups import Windows, blocks, buckets, cut_out, link, windows, within_reach
 from hyperjax.maps import FWHM_PER_SIGMA
@@ -23,7 +23,7 @@ from hyperjax.sources import SourceFits
 logger = logging.getLogger(__name__)
 
 _START_SIZE = 1.2  # of the beam: sources are rarely smaller
-_PEAK_HEADROOM = 3.0  # upper bound of the peak over the brightest pixel in reach
+_PEAK_HEADROOM = 3.0  # upper bound of the peak over what the map shows there
 _WIDER = 2.0  # bounds of the second try
 _MASK_FWHM = 1.0  # radius round a source outside the group, before it is known
 
@@ -48,9 +48,11 @@ class _Start(NamedTuple):
 def model_sources(
     data: NDArray[np.float64],
     rms: NDArray[np.float64],
-    detections: Detections,
+    found: Detections,
     fwhm_pix: float,
+    filter_pix: int,
     config: Config,
+    known: SourceFits | None = None,
 ) -> Modelled:
     """Fit every detected source of a map together with the background under it.
 
@@ -58,33 +60,44 @@ def model_sources(
     ----------
     data, rms
         (ny, nx) brightness (NaN where blank) and noise, Jy/beam.
-    detections
+    found
         Positions to start from.
     fwhm_pix
         FWHM of the beam in pixels.
+    filter_pix
+        Box over which the map is averaged to get the background far from all sources, pixels.
     config
         The sections fit_options, background and photometry are read.
+    known
+        Fits, from an earlier call, of the first of the sources `found`. Without them there is one
+        sweep, with neighbours masked, else `fit_options.sweeps`, with neighbours subtracted.
     """
     options = config.fit_options
-    x, y = detections.x, detections.y
+    x, y = found.x, found.y
     group = link(x, y, options.group_distance_fwhm * fwhm_pix)
     placed = windows(blocks(group, x, y), x, y, options.window_fwhm * fwhm_pix)
-    start = _first_guess(data, detections, fwhm_pix, config)
+    start = _first_guess(data, found, fwhm_pix, config)
     separate = None
     if config.background.fit_gauss_and_bg_separately:
         separate = separate_backgrounds(data, rms, placed, x, y, fwhm_pix, config)
 
-    fits = None
-    for sweep in range(options.sweeps):
+    fits = None if known is None else _with_new(known, start)
+    for _ in range(1 if known is None else options.sweeps):
         fits, backgrounds = _sweep(data, rms, placed, start, fits, separate, fwhm_pix, config)
-        fits = fits._replace(group=group, group_size=np.bincount(group)[group] if len(x) else group)
-        logger.debug("sweep %d: %d groups, %d sources", sweep + 1, len(placed.members), len(x))
-    if fits is None:
-        raise ValueError("fit_options.sweeps must be at least 1")
-    level = float(np.nanmedian(data))
-    return Modelled(
-        fits, render_sources(data.shape, fits), mosaic(data.shape, placed, backgrounds, fits, level)
-    )
+    size = np.bincount(group)[group] if len(x) else group
+    model = render_sources(data.shape, fits)
+    smooth = data - model - high_pass(data - model, filter_pix)
+    background = mosaic(placed, backgrounds, fits, smooth)
+    return Modelled(fits._replace(group=group, group_size=size), model, background)
+
+
+def _with_new(known: SourceFits, start: _Start) -> SourceFits:
+    """Known sources, and after them new ones as they are before any fit."""
+    new = start.start[len(known.x) :]
+    fits = _empty_fits(len(start.start))
+    for column, before, guess in zip(fits[:6], known[:6], new.T, strict=True):
+        column[:] = np.concatenate([before, guess])
+    return fits
 
 
 def _first_guess(
@@ -95,6 +108,8 @@ def _first_guess(
     sigma = fwhm_pix / FWHM_PER_SIGMA
     shift = max(1.0, options.position_range_fwhm * fwhm_pix)
     n = len(found.x)
+    above = local_peak(data, found.x, found.y, 1.0) - np.nanmedian(data)
+    highest = _PEAK_HEADROOM * (found.peak + np.maximum(above, 0))
     low, high = sizes.aper_inf * sigma, sizes.aper_sup * sigma
     size = np.full(n, np.clip(_START_SIZE * sigma, low, high))
     start = np.column_stack([found.peak, found.x, found.y, size, size, np.zeros(n)])
@@ -104,7 +119,7 @@ def _first_guess(
     )
     upper = np.column_stack(
         [
-            _PEAK_HEADROOM * found.peak,
+            highest,
             found.x + shift,
             found.y + shift,
             high * ones,
@@ -398,27 +413,19 @@ def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
     )
 
 
-def detected_only(
-    data: NDArray[np.float64],
-    rms: NDArray[np.float64],
-    detections: Detections,
-    fwhm_pix: float,
-    config: Config,
+def unfitted(
+    data: NDArray[np.float64], found: Detections, fwhm_pix: float, filter_pix: int, config: Config
 ) -> Modelled:
     """Sources of the size of the beam at the detected peaks, without any fit (status 0)."""
-    n, sigma = len(detections.x), fwhm_pix / FWHM_PER_SIGMA
-    group = link(detections.x, detections.y, config.fit_options.group_distance_fwhm * fwhm_pix)
+    n, sigma = len(found.x), fwhm_pix / FWHM_PER_SIGMA
+    group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
+    size = np.full(n, sigma)
+    params = (found.peak, found.x, found.y, size, size, np.zeros(n))
     fits = _empty_fits(n)._replace(
-        peak=detections.peak,
-        x=detections.x,
-        y=detections.y,
-        sigma_major=np.full(n, sigma),
-        sigma_minor=np.full(n, sigma),
-        theta=np.zeros(n),
+        **dict(zip(SourceFits._fields[:6], params, strict=True)),
         group=group,
         group_size=np.bincount(group)[group] if n else group,
         order=np.full(n, -1),
     )
-    level = np.full(data.shape, float(np.nanmedian(data)))
-    fits.background[:] = level[0, 0]
-    return Modelled(fits, render_sources(data.shape, fits), level)
+    model = render_sources(data.shape, fits)
+    return Modelled(fits, model, data - model - high_pass(data - model, filter_pix))

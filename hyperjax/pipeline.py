@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
-from hyperjax.detection import Detections, detect, filter_size, high_pass
+from hyperjax.detection import Detections, detect, filter_size, high_pass, with_companions
 from hyperjax.errors import BlankMapError
 from hyperjax.maps import Map
-from hyperjax.modelling import detected_only, model_sources
-from hyperjax.noise import clipped_rms, rms_between_sources
-from hyperjax.photometry import aperture_photometry
+from hyperjax.modelling import model_sources, unfitted
+from hyperjax.noise import clipped_rms
+from hyperjax.photometry import Apertures, aperture_photometry
 
 logger = logging.getLogger(__name__)
 
@@ -77,65 +77,75 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map has no noise, so that no signal-to-noise ratio can be had.
     """
     seconds: dict[str, float] = {}
-    fwhm = map.beam_fwhm_pix
-    with _timed(seconds, "noise"):
-        size = filter_size(
-            fwhm, config.detection.kernel_size_pix, map.shape, str(map.path or map.name)
-        )
-        filtered = high_pass(map.data, size)
-        scatter, rms = _noise(map, filtered, size, config)
+    fwhm, name = map.beam_fwhm_pix, str(map.path or map.name)
+    size = filter_size(fwhm, config.detection.kernel_size_pix, map.shape, name)
     with _timed(seconds, "detection"):
-        found = detect(
-            filtered,
-            scatter,
-            fwhm,
-            config.detection,
-            edge_pix=config.photometry.aper_inf * fwhm,
-            separation_pix=_separation(map, config),
-            source=map.name,
-        )
-        found = found._replace(rms=np.full(len(found.x), rms))
-    logger.info("%s: noise %.4g Jy/beam, %d sources detected", map.name, rms, len(found.x))
-    rms_map = np.where(np.isfinite(map.data), rms, np.nan)
-    with _timed(seconds, "fit"):
-        model = model_sources if not config.control.detection_only else detected_only
-        fits, image, background = model(map.data, rms_map, found, fwhm, config)
-    residual = map.data - background - image
+        filtered = high_pass(map.data, size)
+        rms = scatter = _noise(map, filtered, config)
+        found = _detect(map, filtered, scatter, config)
+    if config.control.detection_only:
+        fits, model, background = unfitted(map.data, found, fwhm, size, config)
+    else:
+        with _timed(seconds, "first fit"):
+            noise = np.where(np.isfinite(map.data), rms, np.nan)
+            first = model_sources(map.data, noise, found, fwhm, size, config)
+        with _timed(seconds, "companions"):
+            rest = high_pass(map.data - first.model, size)
+            rms = _noise(map, rest, config)  # without the dips that sources leave beside them
+            more = _detect(map, rest, scatter, config)
+            found = with_companions(found, more, _separation(map, config))
+        with _timed(seconds, "fit"):
+            noise = np.where(np.isfinite(map.data), rms, np.nan)
+            fits, model, background = model_sources(
+                map.data, noise, found, fwhm, size, config, first.fits
+            )
+    residual = map.data - background - model
     with _timed(seconds, "photometry"):
         ratio = config.photometry.fwhm_radius_ratio
         apertures = aperture_photometry(residual, fits, rms, ratio)
     with _timed(seconds, "catalogue"):
+        order = np.argsort(-found.peak, kind="stable")
+        found = Detections(*(column[order] for column in found))
+        found = found._replace(rms=np.full(len(order), rms), snr=found.peak / rms)
         catalog = build_catalog(
             map,
-            fits,
-            apertures,
+            fits.take(order),
+            Apertures(*(column[order] for column in apertures)),
             found,
             convert_mjy=config.units.convert_mJy,
             shoulder_threshold=config.detection.shoulder_threshold,
         )
-    logger.info(
-        "%s: %s", map.name, ", ".join(f"{step} {took:.2f} s" for step, took in seconds.items())
+    took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
+    logger.info("%s: noise %.4g Jy/beam, %d sources (%s)", map.name, rms, len(order), took)
+    noise = np.where(np.isfinite(map.data), rms, np.nan)
+    return Extraction(map, config, catalog, model, background, residual, noise, found, seconds)
+
+
+def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Config) -> Detections:
+    """Compact sources of a filtered map that stand out of its scatter (Jy/beam)."""
+    return detect(
+        filtered,
+        scatter,
+        map.beam_fwhm_pix,
+        config.detection,
+        edge_pix=config.photometry.aper_inf * map.beam_fwhm_pix,
+        separation_pix=_separation(map, config),
+        source=map.name,
     )
-    return Extraction(map, config, catalog, image, background, residual, rms_map, found, seconds)
 
 
-def _noise(
-    map: Map, filtered: NDArray[np.float64], size: int, config: Config
-) -> tuple[float, float]:
-    """What peaks must stand out of, and the noise of a pixel; Jy/beam.
-
-    The first is the scatter of the whole filtered map, with the dips that sources leave in it.
-    """
+def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
+    """The noise of a filtered map, Jy/beam."""
     if config.detection.use_manual_rms:
-        return config.detection.rms_value, config.detection.rms_value
-    scatter = clipped_rms(filtered)
-    if not scatter > 0:
+        return config.detection.rms_value
+    rms = clipped_rms(filtered)
+    if not rms > 0:
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "
             "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "
             "and detection.rms_value"
         )
-    return scatter, rms_between_sources(map.data, size)
+    return rms
 
 
 def _separation(map: Map, config: Config) -> float:

@@ -1,7 +1,6 @@
 """What is written of an extraction: tables, regions, images and a picture.
 
-Everything is written under a temporary name beside its target and renamed when it is complete, so
-that a reader, or a crash, never meets half a file. The names follow HYPER's layout::
+The files of a map appear together, when all are complete. The names follow HYPER's layout::
 
     OUT/params/params_<map>.ecsv .txt .csv           the catalogue (ECSV, IPAC, CSV)
     OUT/regions/region_files_<map>_centroids.reg     DS9 regions: crosses
@@ -14,24 +13,23 @@ that a reader, or a crash, never meets half a file. The names follow HYPER's lay
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import astropy.units as u
 import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import QTable, Table
-from regions import EllipseSkyRegion, PointSkyRegion, Regions
 
-from hyperjax.errors import OutputError
+from hyperjax.files import write_together
 
 if TYPE_CHECKING:
     from astropy.units import Quantity
@@ -47,11 +45,16 @@ IMAGES = ("model", "residual", "background", "rms")
 DS9_FRAMES = ("icrs", "fk5", "fk4", "galactic")
 """The frames in which regions are written; those of a map in any other frame are in ICRS."""
 
+MERGED = "ALL"
+"""What stands for the map's name in the names of the merged tables."""
+
 _TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".txt": "ascii.ipac", ".csv": "ascii.csv"}
 _IPAC_LINE = 78  # characters in a comment of an IPAC header
-_ANOTHER_FOLDER = "choose another output folder with -o or paths.output.dir_root"
-_REMEDY = f"remove it, or {_ANOTHER_FOLDER}"
-_REGION_DECIMALS = 12  # of a degree: regions of a 0.01 arcsec beam keep seven digits
+
+# DS9 regions: positions and angles in degrees, to a few nanoarcseconds; semi-axes in arcseconds
+_CROSS = "point({:.12f},{:.12f}) # point=cross"
+_LABELLED_CROSS = _CROSS + " text={{{}}}"
+_ELLIPSE = "ellipse({:.12f},{:.12f},{:.10g}\",{:.10g}\",{:.9f})"
 
 _Writer = Callable[[Path], object]
 
@@ -99,7 +102,7 @@ class Layout:
         )
 
     def table(self, name: str, suffix: str = ".ecsv") -> Path:
-        """Return the path of the catalogue of a map (or of ``"ALL"``)."""
+        """Return the path of the catalogue of a map (or of `MERGED`)."""
         return self.tables / f"{self.table_base}_{_file_stem(name)}{suffix}"
 
     def region(self, name: str, kind: str) -> Path:
@@ -162,7 +165,7 @@ def write_extraction(
             writers[layout.image(name, kind)] = image
     if plots:
         writers[layout.plot(name)] = partial(_write_overview, extraction)
-    return _write_together(writers)
+    return write_together(writers)
 
 
 def write_merged(catalog: QTable, layout: Layout) -> list[Path]:
@@ -185,72 +188,35 @@ def write_merged(catalog: QTable, layout: Layout) -> list[Path]:
     OutputError
         If a folder or file cannot be written.
     """
-    return _write_together(_table_writers(catalog, layout, "ALL"))
+    return write_together(_table_writers(catalog, layout, MERGED))
 
 
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside a target, and rename it to the target at the end.
-
-    The temporary name keeps the target's suffix, by which writers choose their format, and is
-    unique: several processes may write into one folder. If the block raises, the temporary file
-    is removed and the target stays what it was.
+def copy_as_merged(layout: Layout, name: str) -> list[Path]:
+    """Write the catalogue of the only map as the merged catalogue too.
 
     Parameters
     ----------
-    target : Path
-        The file to write; its folder is made where it is missing.
+    layout : Layout
+        Where to write.
+    name : str
+        The map, whose catalogue is written already.
 
-    Yields
-    ------
-    Path
-        The path to write to.
+    Returns
+    -------
+    list of Path
+        The three files.
 
     Raises
     ------
     OutputError
-        If the folder cannot be made or the file not be written.
+        If a folder or file cannot be written.
     """
-    temporary = target.with_name(f".hyperjax-{uuid4().hex}{target.suffix}")
-    try:
-        with _output_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
-    """Turn what the system refuses into an `OutputError` that names the target."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(_refusal(target, error)) from error
-
-
-def _refusal(target: Path, error: OSError) -> str:
-    """Return one line: what could not be written, why, and what to do."""
-    reason = " ".join((error.strerror or str(error)).split())
-    existing = filter(os.path.lexists, target.parents)
-    in_the_way = next((folder for folder in existing if not os.path.isdir(folder)), None)
-    if in_the_way:
-        return f"{in_the_way}: a file is in the place of an output folder; {_REMEDY}"
-    if os.path.isdir(target):
-        return f"{target}: a folder is in the place of an output file; {_REMEDY}"
-    return f"{target}: cannot be written ({reason}); make room for it or {_ANOTHER_FOLDER}"
-
-
-def _write_together(writers: Mapping[Path, _Writer]) -> list[Path]:
-    """Write files of which all, or none, get their names; the first is renamed last."""
-    with ExitStack() as stack:
-        for target, write in writers.items():
-            temporary = stack.enter_context(atomic_path(target))
-            with _output_errors(target):
-                write(temporary)
-    return list(writers)
+    return write_together(
+        {
+            layout.table(MERGED, suffix): partial(shutil.copyfile, layout.table(name, suffix))
+            for suffix in _TABLE_FORMATS
+        }
+    )
 
 
 def _text_writer(text: str) -> _Writer:
@@ -263,8 +229,14 @@ def _table_writers(catalog: QTable, layout: Layout, name: str) -> dict[Path, _Wr
 
 
 def _write_table(catalog: QTable, kind: str, path: Path) -> None:
-    table = ipac_table(catalog) if kind == "ascii.ipac" else catalog
-    table.write(path, format=kind)
+    if kind == "ascii.ecsv":
+        catalog.write(path, format=kind)
+    elif kind == "ascii.ipac":
+        table = ipac_table(catalog)
+        numbers = [column.name for column in table.itercols() if column.dtype.kind == "f"]
+        table.write(path, format=kind, fill_values=[("nan", "null", *numbers)])
+    else:
+        Table(catalog).write(path, format=kind)  # columns without units are written faster
 
 
 def ipac_table(catalog: QTable) -> Table:
@@ -278,13 +250,10 @@ def ipac_table(catalog: QTable) -> Table:
     Returns
     -------
     `~astropy.table.Table`
-        The same values, where not a number masked (IPAC writes ``null``); the columns'
-        descriptions are comments, and of the metadata the short scalars are keywords.
+        The same values; the columns' descriptions are comments, and of the metadata the short
+        scalars are keywords.
     """
-    table = Table(catalog, masked=True)
-    for column in table.itercols():
-        if column.dtype.kind == "f":
-            column.mask = np.isnan(column)
+    table = Table(catalog)
     descriptions = {c.info.name: c.info.description for c in catalog.itercols()}
     keywords = {k: v for k, v in catalog.meta.items() if _is_ipac_value(k, v)}
     notes = {k: v for k, v in catalog.meta.items() if k not in keywords}
@@ -325,16 +294,16 @@ def centroid_regions(catalog: QTable, frame: str) -> str:
     frame : str
         One of `DS9_FRAMES`.
     """
-    rows = catalog[_is_located(catalog)]
-    return _ds9([_cross(position) for position in _positions(rows, frame)], frame)
+    located = catalog[_is_located(catalog)]
+    return _ds9(frame, _lines(_CROSS, *_lon_lat(located, frame)))
 
 
 def ellipse_regions(catalog: QTable, frame: str) -> str:
     """Return DS9 regions of the fitted shapes: FWHM ellipses, and crosses with the HYPER_ID.
 
-    The full axes of an ellipse are the source's FWHMs (DS9 writes semi-axes, so half of them).
-    DS9 and `regions` measure the angle of the first axis from West through North, i.e. it is the
-    position angle in the region's own frame less 90 degrees.
+    The full axes of an ellipse are the source's FWHMs; DS9 has semi-axes, so half of them are
+    written, in arcseconds. DS9 measures the angle of the first axis from West through North, i.e.
+    it is the position angle in the region's own frame less 90 degrees.
 
     Parameters
     ----------
@@ -346,15 +315,13 @@ def ellipse_regions(catalog: QTable, frame: str) -> str:
     """
     located = catalog[_is_located(catalog)]
     shaped = located[has_shape(located)]
-    angle = position_angles(shaped, frame) - 90 * u.deg
-    ellipses = [
-        EllipseSkyRegion(*row)
-        for row in zip(
-            _positions(shaped, frame), shaped["FWHM_1"], shaped["FWHM_2"], angle, strict=True
-        )
-    ]
-    crosses = map(_cross, _positions(located, frame), located["HYPER_ID"])
-    return _ds9([*ellipses, *crosses], frame)
+    semi_axes = (shaped[name].to_value(u.arcsec) / 2 for name in ("FWHM_1", "FWHM_2"))
+    angle = position_angles(shaped, frame).to_value(u.deg) - 90
+    return _ds9(
+        frame,
+        _lines(_ELLIPSE, *_lon_lat(shaped, frame), *semi_axes, angle),
+        _lines(_LABELLED_CROSS, *_lon_lat(located, frame), located["HYPER_ID"]),
+    )
 
 
 def position_angles(catalog: QTable, frame: str) -> Quantity:
@@ -401,15 +368,19 @@ def _positions(catalog: QTable, frame: str) -> SkyCoord:
     return SkyCoord(catalog["RA"], catalog["DEC"], frame="icrs").transform_to(frame)
 
 
-def _cross(position: SkyCoord, label: object = None) -> PointSkyRegion:
-    meta = {} if label is None else {"text": str(label)}
-    return PointSkyRegion(position, meta=meta, visual={"marker": "+"})
+def _lon_lat(catalog: QTable, frame: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return longitudes and latitudes in a frame, degrees."""
+    position = _positions(catalog, frame).spherical
+    return position.lon.deg, position.lat.deg
 
 
-def _ds9(regions: list[EllipseSkyRegion | PointSkyRegion], frame: str) -> str:
-    if not regions:
-        return f"# Region file format: DS9\n{frame}\n"
-    return Regions(regions).serialize(format="ds9", precision=_REGION_DECIMALS)
+def _lines(form: str, *columns: NDArray[Any]) -> Iterator[str]:
+    """Fill in a form for each row."""
+    return starmap(form.format, zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _ds9(frame: str, *regions: Iterable[str]) -> str:
+    return "\n".join(["# Region file format: DS9", frame, *chain(*regions), ""])
 
 
 def image_hdu(map: Map, image: NDArray[np.float64], kind: str) -> fits.PrimaryHDU:

@@ -33,8 +33,8 @@ from hyperjax.catalog import merge_catalogs
 from hyperjax.config import Config, config_from_dict, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.logs import collected, log_file, replay
-from hyperjax.maps import Map, _map_name, read_map
-from hyperjax.products import Layout, write_extraction, write_merged
+from hyperjax.maps import Map, map_name, read_map
+from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -55,7 +55,6 @@ SOME_FAILED = 1
 """Exit code where some of several maps failed, and that of errors that nobody foresaw."""
 
 _LAST_SECONDS = 2.0  # that a process has to clean up when it is told to end
-_MERGED = "ALL"  # stands for the map's name in the names of the merged tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +149,7 @@ class SurveyResult:
     @property
     def merged_table(self) -> Path:
         """The merged catalogue, ECSV; it is written if at least one map was finished."""
-        return self.layout.table(_MERGED)
+        return self.layout.table(MERGED)
 
     @property
     def exit_code(self) -> int:
@@ -279,11 +278,12 @@ def run(
 
 def _write_all(result: SurveyResult) -> None:
     """Write the merged tables of the maps that were finished."""
-    catalog = result.catalog
-    if catalog is not None:
+    finished, catalog = result.finished, result.catalog
+    if len(finished) == 1:
+        copy_as_merged(result.layout, finished[0].name)
+    elif catalog is not None:
         write_merged(catalog, result.layout)
-    done, failed = len(result.finished), len(result.failed)
-    logger.info("%d maps finished, %d failed", done, failed)
+    logger.info("%d maps finished, %d failed", len(finished), len(result.failed))
 
 
 def _refuse_unwritable(layout: Layout) -> None:
@@ -312,7 +312,7 @@ def _survey_log(tasks: Sequence[_Task], config: Config, layout: Layout) -> Itera
         logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
         logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
         for task in tasks:
-            if task.name != _map_name(task.path):
+            if task.name != map_name(task.path):
                 logger.info("%s: its products are named %s", task.path, task.name)
         yield
 
@@ -324,11 +324,11 @@ def _unique_names(maps: Sequence[str | Path], config: Config) -> dict[Path, str]
     number after it.
     """
     given = {Path(path).absolute(): Path(path) for path in maps}
-    shared = Counter(_map_name(path).casefold() for path in given)
-    taken = {_MERGED.casefold(), Path(config.files.file_log_name).stem.casefold()}
+    shared = Counter(map_name(path).casefold() for path in given)
+    taken = {MERGED.casefold(), Path(config.files.file_log_name).stem.casefold()}
     names: dict[Path, str] = {}
     for absolute, path in given.items():
-        alone = shared[_map_name(path).casefold()] == 1
+        alone = shared[map_name(path).casefold()] == 1
         names[path] = next(
             name for name in _candidates(absolute, alone) if name.casefold() not in taken
         )
@@ -338,7 +338,7 @@ def _unique_names(maps: Sequence[str | Path], config: Config) -> dict[Path, str]
 
 def _candidates(path: Path, alone: bool) -> Iterator[str]:
     """Yield names for a map, from the simplest: the file's alone, with folders, with a number."""
-    plain, folders = _map_name(path), path.parts[1:-1]
+    plain, folders = map_name(path), path.parts[1:-1]
     if alone:
         yield plain
     for first in reversed(range(len(folders))):

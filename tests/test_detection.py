@@ -113,18 +113,16 @@ def test_a_plane_vanishes_up_to_the_edges(blank: bool) -> None:
 
 
 def test_blank_pixels_count_nowhere_in_the_filter() -> None:
-    data, hole = noise(1), np.zeros(SHAPE, bool)
-    hole[30:33, 40:50] = True
-    data[hole] = np.nan
-    level = data - high_pass(data, 9)
-    y, x = np.nonzero(~hole[26:35, 36:45])  # the box round row 30, column 40 without the hole
-    plane = np.polynomial.polynomial.polyvander2d(*np.nonzero(np.isfinite(data))[::-1], [1, 1])
-    plane = plane[:, :3]  # 1, y, x
-    terms = np.linalg.lstsq(plane, data[np.isfinite(data)])[0]
-    smooth = terms[0] + terms[1] * np.arange(120)[:, None] + terms[2] * np.arange(130)
-    expected = smooth[29, 40] + np.nanmean((data - smooth)[25:34, 36:45])
-    assert len(x) == len(y) > 0
-    assert level[29, 40] == pytest.approx(expected, abs=1e-10)
+    """Where there is no plane in the data, the level is the mean of the box's valid pixels."""
+    data = noise(1)
+    data[30:33, 40:50] = np.nan
+    y, x = np.nonzero(np.isfinite(data))
+    basis = np.column_stack([np.ones(len(x)), x, y])
+    data[y, x] -= basis @ np.linalg.lstsq(basis, data[y, x])[0]
+    filtered = high_pass(data, 9)
+    for row, column in [(28, 40), (33, 52), (31, 39)]:
+        box = data[row - 4 : row + 5, column - 4 : column + 5]
+        assert filtered[row, column] == pytest.approx(data[row, column] - np.nanmean(box))
 
 
 # --- The noise -----------------------------------------------------------------------------------
@@ -149,14 +147,13 @@ def test_the_clipped_rms_is_that_of_the_truncated_gaussian(contamination: float)
 
 
 def test_the_noise_between_bright_sources_is_the_noise() -> None:
-    """The dips that the filter leaves round 100 sources are no noise, to 2.5 %."""
+    """The dips that the filter leaves round 100 sources are no noise, to 3 %."""
     rng = np.random.default_rng(4)
-    grid = 15.0 + 18.0 * np.indices((10, 10)).reshape(2, -1)
-    x, y = grid + rng.uniform(-3, 3, grid.shape)
+    x, y = 20.0 + 22.0 * np.indices((10, 10)).reshape(2, -1) + rng.uniform(-3, 3, (2, 100))
     blobs = [Blob(*row) for row in zip(rng.uniform(15, 100, 100), x, y, strict=True)]
-    data = image_of(*blobs, shape=(200, 200)) + noise(4, (200, 200))
+    data = image_of(*blobs, shape=(240, 240)) + noise(4, (240, 240))
     assert clipped_rms(high_pass(data, 15)) > 1.15
-    assert rms_between_sources(data, 15) == pytest.approx(1.0, abs=0.025)
+    assert rms_between_sources(data, 15) == pytest.approx(1.0, abs=0.03)
 
 
 def test_the_noise_of_a_map_without_noise_is_still_positive() -> None:
@@ -204,6 +201,10 @@ def test_the_threshold_divides_the_peaks(threshold: float) -> None:
 def test_an_empty_image_has_no_peaks() -> None:
     x, y = find_peaks(np.zeros(SHAPE), FWHM, (-4.0, 4.0), (-2.0, 2.0))
     assert len(x) == len(y) == 0
+
+
+def test_limits_that_no_peak_meets_give_no_source() -> None:
+    assert len(detect_in(image_of(*LADDER), sharplim=(5.0, 6.0)).x) == 0
 
 
 def test_positions_scatter_round_the_truth() -> None:
@@ -332,10 +333,9 @@ def test_the_score_of_a_slope_is_its_difference_across_the_ring() -> None:
 
 def test_the_score_is_high_on_the_flank_of_a_bright_source_and_low_on_its_top() -> None:
     found = detect_in(image_of(BRIGHT, BUMP, ALONE))
-    by_distance = np.argsort(
-        [np.hypot(found.x - b.x, found.y - b.y) for b in (BRIGHT, BUMP, ALONE)]
-    )
-    top, flank, alone = by_distance[:, 0]
+    blobs = (BRIGHT, BUMP, ALONE)
+    distance = [np.hypot(found.x - blob.x, found.y - blob.y) for blob in blobs]
+    top, flank, alone = np.argmin(distance, axis=1)
     assert found.shoulder_score[flank] > 0.8
     assert found.shoulder_score[top] < 0.1
     assert found.shoulder_score[alone] < 0.01
