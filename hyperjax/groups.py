@@ -33,6 +33,8 @@ class Windows(NamedTuple):
         Pixel of the map at the window's first corner; may lie outside the map.
     side
         Side in pixels.
+    slots
+        Number of sources that the block is padded to.
     margin
         Pixels further than this from every one of the block's sources are not fitted.
     """
@@ -41,6 +43,7 @@ class Windows(NamedTuple):
     x0: NDArray[np.int_]
     y0: NDArray[np.int_]
     side: NDArray[np.int_]
+    slots: NDArray[np.int_]
     margin: float
 
 
@@ -89,17 +92,16 @@ def windows(
     high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
     needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
     side = np.array(SIDES)[np.minimum(np.searchsorted(SIDES, needed), len(SIDES) - 1)]
-    side = _without_rare_sides(side, _slots(members))
+    side, slots = _without_rare_kinds(side, _slots(members))
     corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
-    return Windows(members, corner[:, 0], corner[:, 1], side, margin)
+    return Windows(members, corner[:, 0], corner[:, 1], side, slots, margin)
 
 
 def buckets(placed: Windows) -> dict[tuple[int, int], NDArray[np.int_]]:
     """Indices of the blocks that share the side of their window and their number of slots."""
-    slots = _slots(placed.members)
-    keys = sorted(set(zip(placed.side.tolist(), slots.tolist(), strict=True)))
+    keys = sorted(set(zip(placed.side.tolist(), placed.slots.tolist(), strict=True)))
     return {
-        (side, count): np.flatnonzero((placed.side == side) & (slots == count))
+        (side, count): np.flatnonzero((placed.side == side) & (placed.slots == count))
         for side, count in keys
     }
 
@@ -109,15 +111,21 @@ def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:
     return np.array(SLOTS)[np.searchsorted(SLOTS, [len(m) for m in members])]
 
 
-def _without_rare_sides(side: NDArray[np.int_], slots: NDArray[np.int_]) -> NDArray[np.int_]:
-    """Enlarge windows of sides that few blocks have: a larger fit costs less than a compilation."""
-    side = side.copy()
-    for count in np.unique(slots):
-        for one in np.unique(side[slots == count])[:-1]:
-            same = (slots == count) & (side == one)
-            if same.sum() < _RARE:
-                side[same] = side[(slots == count) & (side > one)].min()
-    return side
+def _without_rare_kinds(
+    side: NDArray[np.int_], slots: NDArray[np.int_]
+) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """Put what few blocks have with the next larger kind of window and slots, if there is one.
+
+    A larger fit costs less than a compilation.
+    """
+    side, slots = side.copy(), slots.copy()
+    for kind in sorted(set(zip(slots.tolist(), side.tolist(), strict=True))):
+        same = (slots == kind[0]) & (side == kind[1])
+        larger = (slots >= kind[0]) & (side >= kind[1]) & ~same
+        if same.sum() < _RARE and larger.any():
+            target = min(zip(slots[larger].tolist(), side[larger].tolist(), strict=True))
+            slots[same], side[same] = target
+    return side, slots
 
 
 def cut_out(

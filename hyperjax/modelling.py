@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperjax.background import Backgrounds, level_at, mosaic, separate_backgrounds
+from hyperjax.background import Backgrounds, level_at, separate_backgrounds
 from hyperjax.catalog import FLAGS
 from hyperjax.config import Config
-from hyperjax.detection import Detections, high_pass, local_peak
+from hyperjax.detection import Detections, local_peak
 from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
 from hyperjax.groups import Windows, blocks, buckets, cut_out, link, windows, within_reach
 from hyperjax.maps import FWHM_PER_SIGMA
@@ -29,11 +29,11 @@ _MASK_FWHM = 1.0  # radius round a source outside the group, before it is known
 
 
 class Modelled(NamedTuple):
-    """Sources of a map and the background under them; images (ny, nx) in Jy/beam."""
+    """Fitted sources of a map, and the backgrounds under their blocks' windows."""
 
     fits: SourceFits
-    model: NDArray[np.float64]
-    background: NDArray[np.float64]
+    placed: Windows
+    backgrounds: Backgrounds
 
 
 class _Start(NamedTuple):
@@ -50,7 +50,6 @@ def model_sources(
     rms: NDArray[np.float64],
     found: Detections,
     fwhm_pix: float,
-    filter_pix: int,
     config: Config,
     known: SourceFits | None = None,
 ) -> Modelled:
@@ -64,8 +63,6 @@ def model_sources(
         Positions to start from.
     fwhm_pix
         FWHM of the beam in pixels.
-    filter_pix
-        Box over which the map is averaged to get the background far from all sources, pixels.
     config
         The sections fit_options, background and photometry are read.
     known
@@ -85,10 +82,7 @@ def model_sources(
     for _ in range(1 if known is None else options.sweeps):
         fits, backgrounds = _sweep(data, rms, placed, start, fits, separate, fwhm_pix, config)
     size = np.bincount(group)[group] if len(x) else group
-    model = render_sources(data.shape, fits)
-    smooth = data - model - high_pass(data - model, filter_pix)
-    background = mosaic(placed, backgrounds, fits, smooth)
-    return Modelled(fits._replace(group=group, group_size=size), model, background)
+    return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -177,16 +171,24 @@ def _window_data(
     image = cut_out(data, placed, which)
     if last is None or total is None:
         return image
-    image -= cut_out(total, placed, which, fill=0.0)
-    for cutout, block in zip(image, which, strict=True):
-        cutout += render_sources(cutout.shape, _shifted(last, placed, int(block)))
-    return image
+    return image - cut_out(total, placed, which, fill=0.0) + _own_sources(last, placed, which)
 
 
-def _shifted(fits: SourceFits, placed: Windows, block: int) -> SourceFits:
-    """The block's own sources in the coordinates of its window."""
-    own = fits.take(placed.members[block])
-    return own._replace(x=own.x - placed.x0[block], y=own.y - placed.y0[block])
+def _own_sources(fits: SourceFits, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
+    """The sources of each block alone (block, side, side)."""
+    side = int(placed.side[which[0]])
+    grid, out = np.arange(side), np.zeros((len(which), side, side))
+    for slot in range(max(len(placed.members[block]) for block in which)):
+        rows = [row for row, block in enumerate(which) if len(placed.members[block]) > slot]
+        blocks = which[rows]
+        source = np.array([placed.members[block][slot] for block in blocks])
+        dx = (grid + placed.x0[blocks, None] - fits.x[source, None])[:, None, :]
+        dy = (grid + placed.y0[blocks, None] - fits.y[source, None])[:, :, None]
+        cos, sin = (f(fits.theta[source])[:, None, None] for f in (np.cos, np.sin))
+        u = (dx * cos + dy * sin) / fits.sigma_major[source, None, None]
+        v = (dy * cos - dx * sin) / fits.sigma_minor[source, None, None]
+        out[rows] += fits.peak[source, None, None] * np.exp(-0.5 * (u**2 + v**2))
+    return out
 
 
 def _weights(
@@ -413,19 +415,15 @@ def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
     )
 
 
-def unfitted(
-    data: NDArray[np.float64], found: Detections, fwhm_pix: float, filter_pix: int, config: Config
-) -> Modelled:
+def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:
     """Sources of the size of the beam at the detected peaks, without any fit (status 0)."""
     n, sigma = len(found.x), fwhm_pix / FWHM_PER_SIGMA
     group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
     size = np.full(n, sigma)
     params = (found.peak, found.x, found.y, size, size, np.zeros(n))
-    fits = _empty_fits(n)._replace(
+    return _empty_fits(n)._replace(
         **dict(zip(SourceFits._fields[:6], params, strict=True)),
         group=group,
         group_size=np.bincount(group)[group] if n else group,
         order=np.full(n, -1),
     )
-    model = render_sources(data.shape, fits)
-    return Modelled(fits, model, data - model - high_pass(data - model, filter_pix))

@@ -10,6 +10,7 @@ import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
 
+from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
 from hyperjax.detection import Detections, detect, filter_size, high_pass, with_companions
@@ -17,7 +18,7 @@ from hyperjax.errors import BlankMapError
 from hyperjax.maps import Map
 from hyperjax.modelling import model_sources, unfitted
 from hyperjax.noise import clipped_rms
-from hyperjax.photometry import Apertures, aperture_photometry
+from hyperjax.photometry import Apertures, aperture_photometry, render_sources
 
 logger = logging.getLogger(__name__)
 
@@ -84,22 +85,26 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         rms = scatter = _noise(map, filtered, config)
         found = _detect(map, filtered, scatter, config)
     if config.control.detection_only:
-        fits, model, background = unfitted(map.data, found, fwhm, size, config)
+        modelled, fits = None, unfitted(found, fwhm, config)
     else:
         with _timed(seconds, "first fit"):
             noise = np.where(np.isfinite(map.data), rms, np.nan)
-            first = model_sources(map.data, noise, found, fwhm, size, config)
+            first = model_sources(map.data, noise, found, fwhm, config).fits
         with _timed(seconds, "companions"):
-            rest = high_pass(map.data - first.model, size)
+            rest = high_pass(map.data - render_sources(map.shape, first), size)
             rms = _noise(map, rest, config)  # without the dips that sources leave beside them
             more = _detect(map, rest, scatter, config)
             found = with_companions(found, more, _separation(map, config))
         with _timed(seconds, "fit"):
             noise = np.where(np.isfinite(map.data), rms, np.nan)
-            fits, model, background = model_sources(
-                map.data, noise, found, fwhm, size, config, first.fits
-            )
-    residual = map.data - background - model
+            modelled = model_sources(map.data, noise, found, fwhm, config, first)
+            fits = modelled.fits
+    with _timed(seconds, "images"):
+        model = render_sources(map.shape, fits)
+        background = map.data - model - high_pass(map.data - model, size)
+        if modelled is not None:
+            background = mosaic(modelled.placed, modelled.backgrounds, fits, background)
+        residual = map.data - background - model
     with _timed(seconds, "photometry"):
         ratio = config.photometry.fwhm_radius_ratio
         apertures = aperture_photometry(residual, fits, rms, ratio)

@@ -23,7 +23,7 @@ from hyperjax.detection import (
     snap,
 )
 from hyperjax.errors import MapTooSmallError
-from hyperjax.noise import clipped_rms, rms_between_sources
+from hyperjax.noise import clipped_rms
 
 FWHM = 3.5
 SHAPE = (120, 130)
@@ -144,21 +144,6 @@ def test_the_clipped_rms_is_that_of_the_truncated_gaussian(contamination: float)
     data[np.random.default_rng(0).uniform(size=data.shape) < contamination] += 20.0
     data[:20] = np.nan
     assert clipped_rms(data) == pytest.approx(clipped_sigma(), rel=0.014)
-
-
-def test_the_noise_between_bright_sources_is_the_noise() -> None:
-    """The dips that the filter leaves round 100 sources are no noise, to 3 %."""
-    rng = np.random.default_rng(4)
-    x, y = 20.0 + 22.0 * np.indices((10, 10)).reshape(2, -1) + rng.uniform(-3, 3, (2, 100))
-    blobs = [Blob(*row) for row in zip(rng.uniform(15, 100, 100), x, y, strict=True)]
-    data = image_of(*blobs, shape=(240, 240)) + noise(4, (240, 240))
-    assert clipped_rms(high_pass(data, 15)) > 1.15
-    assert rms_between_sources(data, 15) == pytest.approx(1.0, abs=0.03)
-
-
-def test_the_noise_of_a_map_without_noise_is_still_positive() -> None:
-    data = image_of(Blob(1.0, 60.0, 60.0))
-    assert rms_between_sources(data, 15) > 0
 
 
 # --- What is found -------------------------------------------------------------------------------

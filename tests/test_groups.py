@@ -146,22 +146,31 @@ def test_buckets_partition_the_blocks_by_side_and_slots() -> None:
     placed, _, _ = placed_at_random()
     parts = buckets(placed)
     assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(placed.side)))
-    assert len({slots for _, slots in parts}) > 2
+    assert len(parts) > 1
     for (side, slots), which in parts.items():
         assert slots in SLOTS
         assert (placed.side[which] == side).all()
-        sizes = np.array([len(placed.members[block]) for block in which])
-        assert (sizes <= slots).all()
-        assert (2 * sizes > slots).all()
+        assert (placed.slots[which] == slots).all()
+        assert all(len(placed.members[block]) <= slots for block in which)
+
+
+def pairs(separation: NDArray) -> tuple[list[NDArray], NDArray, NDArray]:
+    """Pairs of sources along x: members, x and y."""
+    x = np.column_stack([np.zeros_like(separation), separation]).ravel()
+    return list(np.arange(len(x)).reshape(-1, 2)), x, np.zeros_like(x)
 
 
 def test_few_blocks_of_a_side_get_the_next_larger_one_that_is_in_use() -> None:
     """Forty pairs need 24 pixels, three need 32, and one 48: 32 is too rare to be compiled."""
-    separation = np.repeat([1.0, 8.0, 20.0], [40, 3, 1])
-    x = np.column_stack([np.zeros(44), separation]).ravel()
-    members = list(np.arange(88).reshape(-1, 2))
-    placed = windows(members, x, np.zeros(88), 10.0)
+    placed = windows(*pairs(np.repeat([1.0, 8.0, 20.0], [40, 3, 1])), 10.0)
     assert_array_equal(placed.side, np.repeat([24, 48], [40, 4]))
+
+
+def test_few_blocks_of_a_size_get_the_slots_of_the_next_larger_one_that_is_in_use() -> None:
+    members, x, y = pairs(np.repeat(1.0, 40))
+    placed = windows([*members, np.array([0]), np.array([3])], x, y, 10.0)
+    assert_array_equal(placed.slots, placed.slots[0])
+    assert placed.slots[0] >= 2
 
 
 # --- cutouts -------------------------------------------------------------------------------------
