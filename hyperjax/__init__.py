@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hyperjax.fitting import fit_groups
     from hyperjax.maps import Beam, Map, read_map
     from hyperjax.pipeline import Extraction, extract
-    from hyperjax.simulate import Simulation, simulate
+    from hyperjax.simulation import Simulation, simulate
     from hyperjax.survey import run_hyper
 
     __version__: str
@@ -75,14 +75,14 @@ _HOME = {
     "Config": "config",
     "Extraction": "pipeline",
     "Map": "maps",
-    "Simulation": "simulate",
+    "Simulation": "simulation",
     "extract": "pipeline",
     "fit_groups": "fitting",
     "load_config": "config",
     "read_map": "maps",
     "run_hyper": "survey",
     "score": "evaluate",
-    "simulate": "simulate",
+    "simulate": "simulation",
 }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hyperjax.config import Config
-    from hyperjax.simulate import Simulated
+    from hyperjax.simulation import Simulated
     from hyperjax.survey import MapOutcome, SurveyResult
 
 __all__ = ["app", "main"]
@@ -523,8 +523,8 @@ def simulate(
     with _errors_in_one_line(debug):
         import dataclasses
 
-        from hyperjax.simulate import Simulation, write_simulation
-        from hyperjax.simulate import simulate as simulate_map
+        from hyperjax.simulation import Simulation, write_simulation
+        from hyperjax.simulation import simulate as simulate_map
 
         fields = {field.name for field in dataclasses.fields(Simulation)}
         chosen = {name: value for name, value in context.params.items() if name in fields}
@@ -554,8 +554,8 @@ def demo(
     """
     with _errors_in_one_line(debug):
         from hyperjax.config import config_from_dict
-        from hyperjax.simulate import demo_simulation, write_simulation
-        from hyperjax.simulate import simulate as simulate_map
+        from hyperjax.simulation import demo_simulation, write_simulation
+        from hyperjax.simulation import simulate as simulate_map
 
         simulated = simulate_map(demo_simulation())
         map_path, truth_path = write_simulation(simulated, out / "demo.fits", overwrite=True)

@@ -181,7 +181,7 @@ def score(catalog: Table, truth: Table, match_radius_arcsec: float) -> Score:
         With RA, DEC and, where they were measured, FLUX_TOTAL, FLUX_TOTAL_ERR, FWHM_1, FWHM_2
         and PA, named as in hyperjax's catalogues (PA East of North in ICRS).
     truth : astropy.table.Table or QTable
-        The same columns without the error, as in `hyperjax.simulate.truth_table`, and NEIGHBOUR
+        The same columns without the error, as in `hyperjax.simulation.truth_table`, and NEIGHBOUR
         (beams) if blended sources are to be scored.
     match_radius_arcsec : float
         Largest distance of a match; half a beam is usual.

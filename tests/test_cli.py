@@ -25,7 +25,7 @@ import hyperjax
 from hyperjax import cli, survey
 from hyperjax.config import Config, load_config
 from hyperjax.products import write_extraction
-from hyperjax.simulate import Simulation
+from hyperjax.simulation import Simulation
 
 COMMANDS = ("run", "init", "simulate", "demo")
 

@@ -9,7 +9,7 @@ from astropy.table import MaskedColumn, QTable, Table
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hyperjax.evaluate import Score, matches, score
-from hyperjax.simulate import Simulation, simulate
+from hyperjax.simulation import Simulation, simulate
 
 RADIUS = 2.0  # arcsec
 

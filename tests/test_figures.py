@@ -19,7 +19,7 @@ from hyperjax.errors import OutputError
 from hyperjax.evaluate import Matches
 from hyperjax.figures import block_mean, comparison, ellipse_outlines, overview, save_figure
 from hyperjax.maps import Beam, Map
-from hyperjax.simulate import Simulation, simulate
+from hyperjax.simulation import Simulation, simulate
 
 CASES = {
     "plain": Simulation(shape=(120, 130), n_sources=12),

@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.spatial import cKDTree
 
 from hyperjax.errors import ConfigError, OutputError
-from hyperjax.simulate import (
+from hyperjax.simulation import (
     Simulated,
     Simulation,
     demo_simulation,
