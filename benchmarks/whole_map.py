@@ -6,9 +6,11 @@ Every run is a process of its own, from its start to its last product, as a user
 2. hyperjax with the cache that run left, and hyper_py, in turns (A B A B ...).
 
 hyper_py runs with the configuration that it ships, changed only in its paths and its detection
-threshold, and with ``survey_code`` 15 (the beam of the header) and all pictures and FITS
-products off. Processor time is user plus system time of a run with all its subprocesses; memory is
-that of the largest of them. This script imports no heavy module: it would count as their memory.
+threshold, with ``survey_code`` 15 (the beam of the header) and all pictures and FITS products off,
+and as it is quickest on one map: without a pool of processes (``parallel_maps``), and with linear
+algebra on one thread (``--blas-threads``). Processor time is user plus system time of a run with
+all its subprocesses; memory is that of the largest of them. This script imports no heavy module: it
+would count as their memory.
 
     python benchmarks/whole_map.py                            # hyperjax alone, on a simulated map
     python benchmarks/whole_map.py MAP.fits --hyper-py ENVIRONMENT/bin/python --markdown
@@ -40,6 +42,7 @@ SIMULATED = ("--shape", "360", "400", "--sources", "200", "--blend-fraction", "0
 """The map if none is given, as densely filled as the published one of hyper_py's benchmark."""
 
 HEADINGS = ("", "runs", "wall [s]", "CPU [s]", "memory [MiB]", "sources")
+BLAS_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 PACKAGES = ("numpy", "scipy", "astropy", "photutils")
 VERSIONS_CODE = """
 import platform, sys
@@ -73,6 +76,7 @@ class Bench:
     scratch: Path  # every run gets a folder of its own in it
     hyperjax: str  # the Python that has it
     hyper_py: str | None
+    blas_threads: int  # of hyper_py
 
     @property
     def cache(self) -> Path:
@@ -103,6 +107,9 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument(
         "--hyperjax", metavar="PYTHON", type=program, default=sys.executable, help="default: own"
+    )
+    parser.add_argument(
+        "--blas-threads", type=positive, default=1, metavar="N", help="of hyper_py; default: 1"
     )
     parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="default: 3")
     parser.add_argument("--sigma", type=float, default=4.0, help="threshold in rms; default: 4")
@@ -146,7 +153,15 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
         else "hyper_py: not run (--hyper-py)",
     ]
     path = options.map.resolve() if options.map else simulated_map(options, scratch)
-    bench = Bench(path, options.sigma, options.timeout, scratch, options.hyperjax, options.hyper_py)
+    bench = Bench(
+        map=path,
+        sigma=options.sigma,
+        timeout_s=options.timeout,
+        scratch=scratch,
+        hyperjax=options.hyperjax,
+        hyper_py=options.hyper_py,
+        blas_threads=options.blas_threads,
+    )
     first = run_hyperjax(bench, "hyperjax_first")
     pairs = [
         (
@@ -198,7 +213,8 @@ def run_hyper_py(bench: Bench, python: str, name: str) -> Run:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [python, "-m", "hyper_py", str(folder / "config.yaml")]
-    return counted(measured(command, folder, bench.timeout_s), folder)
+    environment = {name: str(bench.blas_threads) for name in BLAS_VARIABLES}
+    return counted(measured(command, folder, bench.timeout_s, environment), folder)
 
 
 def adapted(config: dict[str, Any], bench: Bench, out: Path) -> dict[str, Any]:
@@ -206,6 +222,7 @@ def adapted(config: dict[str, Any], bench: Bench, out: Path) -> dict[str, Any]:
     config["paths"]["input"]["dir_maps"] = str(bench.map.parent)
     config["paths"]["output"]["dir_root"] = str(out)
     config["files"]["file_map_name"] = bench.map.name
+    config["control"]["parallel_maps"] = False  # over maps, of which there is one
     config["survey"]["survey_code"] = 15
     config["detection"]["sigma_thres"] = bench.sigma
     for section in ("fits_output", "visualization"):

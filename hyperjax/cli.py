@@ -32,6 +32,9 @@ DEFAULT_OUTPUT = "hyperjax_out"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+_WIDE = 1000  # characters of a line off a terminal, which nothing is folded to fit
+_GARBAGE_THRESHOLDS = 50_000, 20, 50  # of new objects, and of collections of the younger ones
+
 app = typer.Typer(
     name="hyperjax",
     epilog="First time? `hyperjax demo` simulates a map, extracts its sources and scores them.",
@@ -386,7 +389,9 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console()
-    console.print(table, width=None if console.is_terminal else 1000)
+    if not console.is_terminal:
+        console.width = _WIDE
+    console.print(table)
 
 
 def _print_failures(result: "SurveyResult", debug: bool) -> None:

@@ -50,7 +50,7 @@ _OUTLINE_POINTS = 48
 _PULL_RANGE = 5.0  # deviations beyond are counted in the outermost bins
 _TICK_INCHES = 0.9  # between the ticks of sky coordinates, about
 _TICK_DISTANCE = 0.06  # of the ticks of the colour bar, as a fraction of its length
-_DPI = 150
+_DPI = 120
 _QUICK_PNG: dict[str, Any] = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # and as small
 
 _HOURS_MINUTES_SECONDS = ("ʰ", "ᵐ", "ˢ")  # letters: superscripts are slow to typeset

@@ -143,11 +143,15 @@ def _sweep(
     for (_, slots), which in buckets(placed).items():
         image = _window_data(data, placed, which, last, total)
         noise = cut_out(rms, placed, which)
-        weight = _weights(image, noise, placed, which, start.start, config, last is None, fwhm_pix)
+        usable = _usable(image, noise, placed, which, start.start, last is None, fwhm_pix)
         if separate is not None:
             image = image - separate.images(placed, which)
+        weight = _weights(image, noise, usable, config.fit_options.weights)
         batch = _batch(image, weight, placed, which, slots, start, last)
         result, order, second = _best_fit(batch, config)
+        if config.fit_options.weights != "inverse_rms":
+            batch = batch._replace(start=result.params, order=order)
+            result = result._replace(covariance=_sandwich(batch, result, noise))
         _store(fits, result, order, second, placed, which)
         backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
         backgrounds.orders[which] = order
@@ -191,25 +195,66 @@ def _own_sources(fits: SourceFits, placed: Windows, which: NDArray[np.int_]) -> 
     return out
 
 
-def _weights(
+def _usable(
     image: NDArray[np.float64],
     noise: NDArray[np.float64],
     placed: Windows,
     which: NDArray[np.int_],
     guess: NDArray[np.float64],
-    config: Config,
     mask_others: bool,
     fwhm_pix: float,
-) -> NDArray[np.float64]:
-    """Inverse variance of the fitted pixels, 0 elsewhere."""
+) -> NDArray[np.bool_]:
+    """Pixels (block, side, side) that take part in the fit."""
     x, y = guess[:, 1], guess[:, 2]
-    inside = within_reach(placed, which, x, y, placed.margin)
-    usable = np.isfinite(image) & np.isfinite(noise) & (noise > 0) & inside
-    if config.fit_options.weights == "null":
-        noise = np.broadcast_to(np.nanmedian(noise, axis=(1, 2), keepdims=True), noise.shape)
+    usable = np.isfinite(image) & np.isfinite(noise) & (noise > 0)
+    usable &= within_reach(placed, which, x, y, placed.margin)
     if mask_others:
         usable &= ~_near_others(placed, which, x, y, _MASK_FWHM * fwhm_pix)
-    return np.where(usable, 1 / np.where(usable, noise, 1.0) ** 2, 0.0)
+    return usable
+
+
+def _weights(
+    image: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    usable: NDArray[np.bool_],
+    scheme: str,
+) -> NDArray[np.float64]:
+    """Weights of the squared residuals by the scheme `fit_options.weights`, 0 for unusable pixels.
+
+    `inverse_rms` is the inverse variance; `null` that of the median noise of each window; `snr`
+    multiplies it by the square of the signal-to-noise ratio above the window's median, at least 1.
+    """
+    sigma = np.where(usable, noise, np.nan)
+    blank = ~usable.any(axis=(1, 2), keepdims=True)
+    if scheme == "null":
+        middle = np.nanmedian(np.where(blank, 1.0, sigma), axis=(1, 2), keepdims=True)
+        sigma = np.where(usable, middle, np.nan)
+    weight = sigma**-2
+    if scheme == "snr":
+        pixels = np.where(blank, 0.0, np.where(usable, image, np.nan))
+        level = np.nanmedian(pixels, axis=(1, 2), keepdims=True)
+        weight *= np.maximum((image - level) / sigma, 1) ** 2
+    return np.where(usable, weight, 0.0)
+
+
+def _sandwich(
+    batch: GroupBatch, result: FitResult, noise: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Covariance of fits whose weights W are not the inverse variance of white noise.
+
+    H^-1 (J^T W N W J) H^-1 with H = J^T W J and N the variance (White 1980, Econometrica 48, 817).
+    The middle is the matrix of a fit with the weights W^2 N, here evaluated at the solution: the
+    inverse of the covariance that one step there returns.
+    """
+    squared = np.where(batch.weight > 0, (batch.weight * noise) ** 2, 0.0)
+    middle = fit_groups(batch._replace(weight=squared), FitOptions(max_steps=1)).covariance
+    held = np.diagonal(middle, axis1=1, axis2=2) == 0
+    eye = np.eye(middle.shape[1])
+    free = np.where(held[:, :, None], eye, middle)
+    broken = ~np.isfinite(free).all(axis=(1, 2))
+    inverse = np.linalg.inv(np.where(broken[:, None, None], eye, free))
+    inverse[broken] = np.nan
+    return np.asarray(result.covariance @ (inverse * ~held[:, :, None]) @ result.covariance)
 
 
 def _near_others(

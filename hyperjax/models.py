@@ -150,7 +150,49 @@ def robust(
     raise ValueError(f"loss: {loss!r} is not one of {', '.join(LOSSES)}")
 
 
-class Model(eqx.Module):
+class Objective(eqx.Module):
+    """What the solver minimises: a cost through its normal equations, over bounds.
+
+    `chart` and `retract` say in which local coordinates the bounds are a box; without a say of its
+    own an objective takes the parameters themselves.
+    """
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """Number of parameters."""
+
+    @abc.abstractmethod
+    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
+        """Cost, gradient and Gauss-Newton matrix at `params`."""
+
+    def prepare(self, problem: Problem) -> Problem:
+        """Fill in what the model computes once per problem."""
+        return problem
+
+    def chart(
+        self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
+    ) -> Chart:
+        """Local coordinates at `params`: the parameters themselves."""
+        frozen = jnp.zeros_like(problem.free)
+        eye = jnp.eye(self.size, dtype=params.dtype)
+        bend = jnp.zeros_like(params)
+        return Chart(eye, params, problem.lower, problem.upper, frozen, bend)
+
+    def path(
+        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"]
+    ) -> Float[Array, " P"]:
+        """The point that the local `step` leads to where no bound stops it; smooth in the step."""
+        return params + chart.basis @ step
+
+    def retract(
+        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
+    ) -> Float[Array, " P"]:
+        """The feasible point that the local `step` leads to."""
+        return jnp.clip(params + step, problem.lower, problem.upper)
+
+
+class Model(Objective):
     """A group of `slots` sources on a `grid`, over a polynomial of `order` (-1: none)."""
 
     grid: eqx.AbstractVar[Grid]
@@ -172,28 +214,10 @@ class Model(eqx.Module):
     def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The model on the pixels."""
 
-    @abc.abstractmethod
-    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
-        """Cost, gradient and Gauss-Newton matrix at `params`."""
-
-    def prepare(self, problem: Problem) -> Problem:
-        """Fill in what the model computes once per problem."""
-        return problem
-
-    def chart(
-        self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
-    ) -> Chart:
-        """Local coordinates at `params`: the parameters themselves."""
-        frozen = jnp.zeros_like(problem.free)
-        eye = jnp.eye(self.size, dtype=params.dtype)
-        bend = jnp.zeros_like(params)
-        return Chart(eye, params, problem.lower, problem.upper, frozen, bend)
-
-    def retract(
-        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"], problem: Problem
-    ) -> Float[Array, " P"]:
-        """The feasible point that the local `step` leads to."""
-        return jnp.clip(params + step, problem.lower, problem.upper)
+    def cost(self, params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
+        """The cost alone, with derivatives of any order."""
+        residual = problem.weight * (problem.data - self.image(params))
+        return _weighted(self.loss, residual, problem)[0] + _penalty(params, problem)
 
     def background(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The polynomial alone on the pixels."""
@@ -216,10 +240,15 @@ def _weighted(
     return 0.5 * problem.f_scale**2 * jnp.sum(rho), chi2, weight, curvature
 
 
+def _penalty(params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
+    """The L2 penalty."""
+    return 0.5 * jnp.sum(problem.ridge * params**2)
+
+
 def _add_ridge(normal: Normal, params: Float[Array, " P"], problem: Problem) -> Normal:
     """Add the L2 penalty."""
     return Normal(
-        normal.cost + 0.5 * jnp.sum(problem.ridge * params**2),
+        normal.cost + _penalty(params, problem),
         normal.chi2,
         normal.gradient + problem.ridge * params,
         normal.matrix + jnp.diag(problem.ridge),
@@ -442,15 +471,9 @@ class GaussianGroup(Model):
     ) -> Float[Array, " P"]:
         """The feasible point that the local `step` leads to, each sigma clipped to its bounds."""
         low, high = self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
-        blocks = jnp.stack(
-            [
-                chart.basis[SHAPE * k + 3 : SHAPE * k + 6, SHAPE * k + 3 : SHAPE * k + 6]
-                for k in range(self.slots)
-            ]
-        )
         shapes = jax.vmap(_move_shape)(
             self._sources(params)[:, 3:],
-            blocks,
+            self._shape_blocks(chart),
             self._sources(chart.value)[:, 3:],
             self._sources(step)[:, 3:],
             low,
@@ -458,6 +481,30 @@ class GaussianGroup(Model):
         )
         boxed = jnp.clip(params + step, problem.lower, problem.upper)
         return self._with_shapes(boxed, shapes)
+
+    def path(
+        self, params: Float[Array, " P"], chart: Chart, step: Float[Array, " P"]
+    ) -> Float[Array, " P"]:
+        """As `retract`, without clipping."""
+        low, high = self._sources(chart.lower)[:, 3], self._sources(chart.upper)[:, 3]
+        shapes = jax.vmap(_shape_path)(
+            self._sources(params)[:, 3:],
+            self._shape_blocks(chart),
+            self._sources(chart.value)[:, 3:],
+            self._sources(step)[:, 3:],
+            low,
+            high,
+        )
+        return self._with_shapes(params + step, shapes)
+
+    def _shape_blocks(self, chart: Chart) -> Float[Array, "slot 3 3"]:
+        """The parts of the chart's basis that belong to each source's shape."""
+        return jnp.stack(
+            [
+                chart.basis[SHAPE * k + 3 : SHAPE * k + 6, SHAPE * k + 3 : SHAPE * k + 6]
+                for k in range(self.slots)
+            ]
+        )
 
     def _with_shapes(
         self, params: Float[Array, " P"], shapes: Float[Array, "slot 3"]
@@ -557,8 +604,10 @@ def _shape_chart(
     lower: Float[Array, ""],
     upper: Float[Array, ""],
 ) -> tuple[Float[Array, "3 3"], Float[Array, " 3"], Bool[Array, ""], Float[Array, ""]]:
-    """Chart of one source's shape: d(log size, e1, e2)/d(log major, log minor, turn), the values
-    of those coordinates, whether the turn is frozen, and its bend.
+    """Chart of one source's shape.
+
+    Returns d(log size, e1, e2)/d(log major, log minor, turn), the values of those coordinates,
+    whether the turn is frozen, and its bend.
 
     With one sigma on a bound a turn moves (e1, e2) on a circle of radius e, which adds minus the
     slope along the radius, over e, to the second derivative.
@@ -612,10 +661,29 @@ def _move_shape(
     minor = jnp.clip(straight[0] - e / 2, lower, upper)
     shrink = jnp.where(e > 0, (major - minor) / jnp.where(e > 0, e, 1), 1)
     clipped = jnp.stack([(major + minor) / 2, straight[1] * shrink, straight[2] * shrink])
+    return jnp.where(_on_bound(value, lower, upper), _turned(block, value, step), clipped)
 
+
+def _shape_path(
+    shape: Float[Array, " 3"],
+    block: Float[Array, "3 3"],
+    value: Float[Array, " 3"],
+    step: Float[Array, " 3"],
+    lower: Float[Array, ""],
+    upper: Float[Array, ""],
+) -> Float[Array, " 3"]:
+    """As `_move_shape`, without clipping."""
+    on_bound = _on_bound(value, lower, upper)
+    return jnp.where(on_bound, _turned(block, value, step), shape + block @ step)
+
+
+def _turned(
+    block: Float[Array, "3 3"], value: Float[Array, " 3"], step: Float[Array, " 3"]
+) -> Float[Array, " 3"]:
+    """The shape after its two axes were changed and turned by a local step."""
     major, minor = value[0] + step[0], value[1] + step[1]
     towards = (value[0] - value[1]) * block[1:, 0] + step[2] * block[1:, 2]
-    length = jnp.sqrt(jnp.sum(towards**2))
-    axis = jnp.where(length > 0, towards / jnp.where(length > 0, length, 1), block[1:, 0])
-    turned = jnp.concatenate([(major + minor)[None] / 2, (major - minor) * axis])
-    return jnp.where(_on_bound(value, lower, upper), turned, clipped)
+    square = jnp.sum(towards**2)
+    length = jnp.sqrt(jnp.where(square > 0, square, 1))
+    axis = jnp.where(square > 0, towards / length, block[1:, 0])
+    return jnp.concatenate([(major + minor)[None] / 2, (major - minor) * axis])

@@ -3,7 +3,7 @@
 `advance` is one iteration on one problem. `solve_lanes` runs it over a stack of problems: a fixed
 number of lanes iterate together, and a lane whose problem has ended writes its result and loads the
 next one, so that the work is the sum of the problems' iterations and not the slowest problem's.
-`LaneSolver` is the same iteration as an optimistix solver.
+`hyperjax.least_squares` offers the same iteration as an optimistix solver.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hyperjax.models import Chart, Model, Normal, Problem
+from hyperjax.models import Chart, Normal, Objective, Problem
 
 RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
 """How a problem stands: still running; at its optimum; out of steps; no descent found, though not
@@ -70,7 +70,7 @@ class Solution(NamedTuple):
     on_bound: Bool[Array, " P"]
 
 
-def begin(model: Model, problem: Problem) -> State:
+def begin(model: Objective, problem: Problem) -> State:
     """The state before the first evaluation."""
     size, dtype = model.size, problem.start.dtype
     nowhere = Normal(
@@ -93,7 +93,7 @@ def begin(model: Model, problem: Problem) -> State:
     )
 
 
-def advance(model: Model, problem: Problem, state: State, tolerances: Tolerances) -> State:
+def advance(model: Objective, problem: Problem, state: State, tolerances: Tolerances) -> State:
     """One iteration: evaluate the candidate, keep it if it is better, propose the next.
 
     Steps are damped by lambda times the diagonal of the Gauss-Newton matrix (Marquardt 1963),
@@ -201,7 +201,7 @@ def converged(
     )
 
 
-def solve_one(model: Model, problem: Problem, tolerances: Tolerances) -> Solution:
+def solve_one(model: Objective, problem: Problem, tolerances: Tolerances) -> Solution:
     """Iterate one problem to its end."""
     problem = model.prepare(problem)
     last = lax.while_loop(
@@ -212,7 +212,7 @@ def solve_one(model: Model, problem: Problem, tolerances: Tolerances) -> Solutio
     return _solution(last)
 
 
-def solve_lanes(model: Model, problems: Problem, tolerances: Tolerances, lanes: int) -> Solution:
+def solve_lanes(model: Objective, problems: Problem, tolerances: Tolerances, lanes: int) -> Solution:
     """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time."""
     count = problems.data.shape[0]
     lanes = min(lanes, count)
