@@ -204,20 +204,21 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     highest = next(order for order in _ORDERS if batch.order.max() <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
     problems, scale = to_problems(np, model, batch, options)
-    tolerances = _tolerances(options, batch.data.dtype)
-    devices, lanes = len(jax.local_devices()), _lanes(model, batch.data.dtype)
+    tolerances = tolerances_of(options, batch.data.dtype)
+    devices, lanes = len(jax.local_devices()), lanes_for(model, batch.data.dtype)
     solutions = []
     for first in range(0, count, _BLOCKS[-1]):
         piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
-        size = len(piece.data)
+        counts = np.bincount(np.arange(len(piece.data)) % devices, minlength=devices)
         with jax.enable_x64(batch.data.dtype == np.float64):
-            solved = _solve_block(model, devices, lanes, _padded(piece, devices), tolerances)
-        solutions.append(jax.tree.map(lambda leaf: np.asarray(leaf)[:size], solved))  # noqa: B023
+            solved = _solve_block(model, lanes, _dealt(piece, devices), tolerances, counts)
+        solutions.append(_gathered(solved, devices, len(piece.data)))
     solution = jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
     return to_results(np, model, batch, scale, problems, solution)
 
 
-def _tolerances(options: FitOptions, dtype: Any) -> Tolerances:
+def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
+    """The options' tolerances, those that are not given by the type of the data."""
     default = 1e-9 if dtype == np.float64 else 1e-6
     ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
     return Tolerances(
@@ -231,18 +232,7 @@ def _tolerances(options: FitOptions, dtype: Any) -> Tolerances:
 def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     """The batch as numpy arrays of consistent shape and one floating dtype."""
     arrays = GroupBatch(*(np.asarray(leaf) for leaf in batch))
-    if arrays.data.ndim != 3 or 0 in arrays.data.shape:
-        raise FitInputError(f"data: expected (group, ny, nx), not empty; got {arrays.data.shape}")
-    count = len(arrays.data)
-    if arrays.present.ndim != 2 or arrays.present.shape[1] == 0:
-        raise FitInputError(f"present: expected (group, slot); got {arrays.present.shape}")
-    slots = arrays.present.shape[1]
-    shapes = {"weight": arrays.data.shape, "present": (count, slots)}
-    shapes |= dict.fromkeys(("start", "lower", "upper", "free"), (count, slots, SHAPE))
-    shapes["order"] = (count,)
-    for name, shape in shapes.items():
-        if getattr(arrays, name).shape != shape:
-            raise FitInputError(f"{name}: expected {shape}; got {getattr(arrays, name).shape}")
+    check_shapes(arrays, options)
     dtype = np.result_type(arrays.data.dtype, np.float32)
     floats = {
         name: np.ascontiguousarray(getattr(arrays, name), dtype)
@@ -252,9 +242,25 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         **floats, free=arrays.free.astype(bool), order=arrays.order.astype(np.int32)
     )
     _check_values(arrays)
+    return arrays
+
+
+def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
+    """Raise `FitInputError` if the shapes of the arrays do not agree, or the loss is unknown."""
+    if batch.data.ndim != 3 or 0 in batch.data.shape:
+        raise FitInputError(f"data: expected (group, ny, nx), not empty; got {batch.data.shape}")
+    count = len(batch.data)
+    if batch.present.ndim != 2 or batch.present.shape[1] == 0:
+        raise FitInputError(f"present: expected (group, slot); got {batch.present.shape}")
+    slots = batch.present.shape[1]
+    shapes = {"weight": batch.data.shape, "present": (count, slots)}
+    shapes |= dict.fromkeys(("start", "lower", "upper", "free"), (count, slots, SHAPE))
+    shapes["order"] = (count,)
+    for name, shape in shapes.items():
+        if getattr(batch, name).shape != shape:
+            raise FitInputError(f"{name}: expected {shape}; got {getattr(batch, name).shape}")
     if options.loss not in LOSSES:
         raise FitInputError(f"loss: {options.loss!r} is not one of {', '.join(LOSSES)}")
-    return arrays
 
 
 def _check_values(batch: GroupBatch) -> None:
@@ -274,7 +280,7 @@ def _check_values(batch: GroupBatch) -> None:
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
 
 
-def _lanes(model: GaussianGroup, dtype: Any) -> int:
+def lanes_for(model: GaussianGroup, dtype: Any) -> int:
     """Lanes whose working set (rows of products over the pixels) fits the cache of a core."""
     if jax.default_backend() != "cpu":
         return _BLOCKS[-1]
@@ -284,31 +290,54 @@ def _lanes(model: GaussianGroup, dtype: Any) -> int:
     return int(np.clip(2 ** int(np.log2(max(lanes, 1))), 4, 64))
 
 
-def _padded(problems: Problem, devices: int) -> Problem:
-    """Add problems without data, up to one of few sizes that the devices share evenly."""
+def _dealt(problems: Problem, devices: int) -> Problem:
+    """The problems dealt out to the devices in turn, padded to one of few sizes.
+
+    The leading axis holds the first device's share, then the second's; padding is at the end of
+    each share.
+    """
     size = len(problems.data)
-    wanted = next(block for block in _BLOCKS if size <= block)
-    missing = -(-wanted // devices) * devices - size
-    return jax.tree.map(
-        lambda leaf: np.concatenate([leaf, np.zeros((missing, *leaf.shape[1:]), leaf.dtype)]),
-        problems,
-    )
+    share = -(-next(block for block in _BLOCKS if size <= block) // devices)
+
+    def deal(leaf: np.ndarray) -> np.ndarray:
+        out = np.zeros((devices, share, *leaf.shape[1:]), leaf.dtype)
+        for device in range(devices):
+            mine = leaf[device::devices]
+            out[device, : len(mine)] = mine
+        return out.reshape(devices * share, *leaf.shape[1:])
+
+    return jax.tree.map(deal, problems)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _gathered(solution: Solution, devices: int, size: int) -> Solution:
+    """Undo `_dealt`: the first `size` solutions, in the order of the problems."""
+
+    def gather(leaf: Array) -> np.ndarray:
+        array = np.asarray(leaf)
+        shares = array.reshape(devices, -1, *array.shape[1:])
+        return np.moveaxis(shares, 0, 1).reshape(array.shape)[:size]
+
+    return jax.tree.map(gather, solution)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _solve_block(
-    model: GaussianGroup, devices: int, lanes: int, problems: Problem, tolerances: Tolerances
+    model: GaussianGroup,
+    lanes: int,
+    problems: Problem,
+    tolerances: Tolerances,
+    counts: Int[Array, " device"],
 ) -> Solution:
     """Solve a block of problems, its leading axis divided over the devices."""
 
-    def solve(share: Problem, tolerances: Tolerances) -> Solution:
-        return solve_lanes(model, share, tolerances, lanes)
+    def solve(share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]) -> Solution:
+        return solve_lanes(model, share, tolerances, lanes, count[0])
 
-    mesh = Mesh(np.array(jax.local_devices()[:devices]), ("group",))
+    mesh = Mesh(np.array(jax.local_devices()[: len(counts)]), ("group",))
     each, same = PartitionSpec("group"), PartitionSpec()
-    return jax.shard_map(solve, mesh=mesh, in_specs=(each, same), out_specs=each, check_vma=False)(
-        problems, tolerances
-    )
+    return jax.shard_map(
+        solve, mesh=mesh, in_specs=(each, same, each), out_specs=each, check_vma=False
+    )(problems, tolerances, counts)
 
 
 # --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------
@@ -326,11 +355,12 @@ def to_problems(
     pixels = xp.maximum(xp.sum(valid, 1), 1).astype(dtype)
     mean_weight = _or_one(xp, xp.sum(weight, 1) / pixels)
     share = weight / mean_weight[:, None]
+    root = xp.where(valid, xp.sqrt(xp.where(valid, share, 1)), 0)
     mean = xp.sum(share * data, 1) / pixels
     deviation = xp.where(valid, data - mean[:, None], 0)
     largest = _or_one(xp, xp.max(xp.abs(deviation), 1))
-    squares = xp.sum(share * (deviation / largest[:, None]) ** 2, 1)
-    unit = _or_one(xp, largest * xp.sqrt(squares / pixels))
+    squares = _or_one(xp, xp.sum(share * (deviation / largest[:, None]) ** 2, 1))
+    unit = largest * xp.sqrt(squares / pixels)
     offset = xp.where(batch.order >= 0, mean, 0).astype(dtype)
     scale = Scale(offset, unit, mean_weight)
 
@@ -348,7 +378,7 @@ def to_problems(
 
     problems = Problem(
         data=xp.where(valid, data - offset[:, None], 0) / unit[:, None],
-        weight=xp.sqrt(share),
+        weight=root,
         start=whole(start, np.zeros(smooth, dtype)),
         lower=whole(_bounds(xp, model.grid, unit, batch.lower, low, -np.inf), -edge),
         upper=whole(_bounds(xp, model.grid, unit, batch.upper, high, np.inf), edge),
@@ -372,13 +402,8 @@ def to_results(
 ) -> FitResult:
     """The solutions in pixel units, with covariance and statistics."""
     count, slots = batch.present.shape
+    params, coefficients = to_parameters(xp, model, batch, scale, solution.params)
     sources = solution.params[:, : slots * SHAPE].reshape(count, slots, SHAPE)
-    params = _from_engine(xp, model.grid, scale.unit, sources)
-    there = batch.present[..., None]
-    shape_moves = xp.any(batch.free[..., MAJOR:], -1, keepdims=True) & (np.arange(SHAPE) >= MAJOR)
-    params = xp.where(there & (batch.free | shape_moves), params, batch.start)
-    coefficients = solution.params[:, slots * SHAPE :] * scale.unit[:, None]
-    constant = coefficients[:, :1] + scale.offset[:, None]
     noise = scale.weight * scale.unit**2
     pixels = xp.sum(problems.weight > 0, 1)
     freedom = xp.sum(problems.free, 1)
@@ -387,7 +412,7 @@ def to_results(
     tiny = np.finfo(chi2.dtype).tiny
     return FitResult(
         params=params,
-        coefficients=xp.concatenate([constant, coefficients[:, 1:]], 1),
+        coefficients=coefficients,
         covariance=_covariance(xp, model.grid, scale, problems.free, sources, solution),
         cost=solution.normal.cost * noise,
         chi2_red=chi2 / xp.maximum(pixels - freedom, 1),
@@ -397,6 +422,20 @@ def to_results(
         status=solution.status,
         on_bound=solution.on_bound[:, : slots * SHAPE].reshape(count, slots, SHAPE),
     )
+
+
+def to_parameters(
+    xp: ModuleType, model: GaussianGroup, batch: GroupBatch, scale: Scale, solved: Array
+) -> tuple[Array, Array]:
+    """The `solved` scaled parameters (group, P) as (group, slot, 6) and (group, monomial)."""
+    count, slots = batch.present.shape
+    sources = solved[:, : slots * SHAPE].reshape(count, slots, SHAPE)
+    params = _from_engine(xp, model.grid, scale.unit, sources)
+    shape_moves = xp.any(batch.free[..., MAJOR:], -1, keepdims=True) & (np.arange(SHAPE) >= MAJOR)
+    params = xp.where(batch.present[..., None] & (batch.free | shape_moves), params, batch.start)
+    coefficients = solved[:, slots * SHAPE :] * scale.unit[:, None]
+    constant = coefficients[:, :1] + scale.offset[:, None]
+    return params, xp.concatenate([constant, coefficients[:, 1:]], 1)
 
 
 def _or_one(xp: ModuleType, values: Array) -> Array:
@@ -444,7 +483,7 @@ def _from_engine(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Arra
         y0 + source[..., 2] * grid.half,
         grid.half * xp.exp(source[..., 3] + e / 2),
         grid.half * xp.exp(source[..., 3] - e / 2),
-        xp.mod(0.5 * xp.arctan2(source[..., 5], source[..., 4]), np.pi),
+        xp.mod(0.5 * xp.arctan2(source[..., 5], xp.where(e > 0, source[..., 4], 1)), np.pi),
     ]
     return xp.stack(columns, -1)
 
@@ -460,8 +499,10 @@ def _bounds(
 ) -> Array:
     """Scaled bounds: peak, x, y, log sigma; the ellipticities' places are open."""
     x0, y0 = grid.centre
+    peak = bound[..., PEAK]
+    finite = xp.isfinite(peak)
     columns = [
-        bound[..., PEAK] / unit[:, None],
+        xp.where(finite, xp.where(finite, peak, 0) / unit[:, None], peak),
         (bound[..., X] - x0) / grid.half,
         (bound[..., Y] - y0) / grid.half,
         xp.log(sigma / grid.half),

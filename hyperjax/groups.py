@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-SLOTS = (1, 3, 8)
+SLOTS = (1, 3, 8, 16)
 """Numbers of sources that blocks are padded to; a larger group is cut into blocks."""
 
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -60,14 +61,20 @@ def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDA
 def blocks(
     labels: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> list[NDArray[np.int_]]:
-    """Members of each block: the groups, those too large for the engine cut as often as needed.
+    """Members of each block: the groups, those too large for the engine cut in two while they are.
 
-    A cut goes across the longer extent of the group, through its median. What it separates is
-    fitted jointly all the same if the blocks are fitted in turns.
+    A cut goes through the widest gap between clusters (average linkage). What it separates is
+    fitted jointly all the same if the blocks are fitted in `turns`.
     """
     order = np.argsort(labels, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(labels) else []
     return [block for group in groups for block in _cut(group, x, y)]
+
+
+def turns(members: list[NDArray[np.int_]], labels: NDArray[np.int_]) -> NDArray[np.int_]:
+    """When each block of `blocks` is fitted: those of one group one after another, from 0."""
+    group = np.array([labels[block[0]] for block in members], int)
+    return np.arange(len(group)) - np.searchsorted(group, group)
 
 
 def _cut(
@@ -75,10 +82,9 @@ def _cut(
 ) -> list[NDArray[np.int_]]:
     if len(members) <= SLOTS[-1]:
         return [members]
-    along = max((x[members], y[members]), key=np.ptp)
-    ranked = members[np.argsort(along, kind="stable")]
-    half = len(ranked) // 2
-    return _cut(ranked[:half], x, y) + _cut(ranked[half:], x, y)
+    tree = linkage(np.column_stack([x[members], y[members]]), "average")
+    half = fcluster(tree, 2, "maxclust")
+    return _cut(members[half == 1], x, y) + _cut(members[half == 2], x, y)
 
 
 def windows(
@@ -97,11 +103,14 @@ def windows(
     return Windows(members, corner[:, 0], corner[:, 1], side, slots, margin)
 
 
-def buckets(placed: Windows) -> dict[tuple[int, int], NDArray[np.int_]]:
-    """Indices of the blocks that share the side of their window and their number of slots."""
-    keys = sorted(set(zip(placed.side.tolist(), placed.slots.tolist(), strict=True)))
+def buckets(
+    placed: Windows, among: NDArray[np.bool_] | None = None
+) -> dict[tuple[int, int], NDArray[np.int_]]:
+    """Indices of the blocks (all, or some) that share their window's side and number of slots."""
+    use = np.ones(len(placed.side), bool) if among is None else among
+    keys = sorted(set(zip(placed.side[use].tolist(), placed.slots[use].tolist(), strict=True)))
     return {
-        (side, count): np.flatnonzero((placed.side == side) & (placed.slots == count))
+        (side, count): np.flatnonzero(use & (placed.side == side) & (placed.slots == count))
         for side, count in keys
     }
 

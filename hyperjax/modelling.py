@@ -15,7 +15,7 @@ from hyperjax.catalog import FLAGS
 from hyperjax.config import Config
 from hyperjax.detection import Detections, local_peak
 from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
-from hyperjax.groups import Windows, blocks, buckets, cut_out, link, windows, within_reach
+from hyperjax.groups import Windows, blocks, buckets, cut_out, link, turns, windows, within_reach
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import render_sources
 from hyperjax.sources import SourceFits
@@ -78,9 +78,10 @@ def model_sources(
     if config.background.fit_gauss_and_bg_separately:
         separate = separate_backgrounds(data, rms, placed, x, y, fwhm_pix, config)
 
+    turn = turns(placed.members, group)
     fits = None if known is None else _with_new(known, start)
     for _ in range(1 if known is None else options.sweeps):
-        fits, backgrounds = _sweep(data, rms, placed, start, fits, separate, fwhm_pix, config)
+        fits, backgrounds = _sweep(data, rms, placed, turn, start, fits, separate, fwhm_pix, config)
     size = np.bincount(group)[group] if len(x) else group
     return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
 
@@ -130,31 +131,38 @@ def _sweep(
     data: NDArray[np.float64],
     rms: NDArray[np.float64],
     placed: Windows,
+    turn: NDArray[np.int_],
     start: _Start,
     last: SourceFits | None,
     separate: Backgrounds | None,
     fwhm_pix: float,
     config: Config,
 ) -> tuple[SourceFits, Backgrounds]:
-    """Fit all blocks once, with what is known of the others (`last`) subtracted."""
-    n = len(start.start)
-    fits, backgrounds = _empty_fits(n), Backgrounds.empty(len(placed.members))
-    total = None if last is None else render_sources(data.shape, last)
-    for (_, slots), which in buckets(placed).items():
-        image = _window_data(data, placed, which, last, total)
-        noise = cut_out(rms, placed, which)
-        usable = _usable(image, noise, placed, which, start.start, last is None, fwhm_pix)
-        if separate is not None:
-            image = image - separate.images(placed, which)
-        weight = _weights(image, noise, usable, config.fit_options.weights)
-        batch = _batch(image, weight, placed, which, slots, start, last)
-        result, order, second = _best_fit(batch, config)
-        if config.fit_options.weights != "inverse_rms":
-            batch = batch._replace(start=result.params, order=order)
-            result = result._replace(covariance=_sandwich(batch, result, noise))
-        _store(fits, result, order, second, placed, which)
-        backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
-        backgrounds.orders[which] = order
+    """Fit all blocks once, with what is known of the others (`last`) subtracted.
+
+    Blocks of one group overlap: each sees what came out of those whose turn was before. All at
+    once, they would run away from each other.
+    """
+    fits, backgrounds = _empty_fits(len(start.start)), Backgrounds.empty(len(placed.members))
+    if last is not None:
+        fits = last = SourceFits(*(column.copy() for column in last))
+    for now in range(np.max(turn, initial=-1) + 1):
+        total = None if last is None else render_sources(data.shape, last)
+        for (_, slots), which in buckets(placed, turn == now).items():
+            image = _window_data(data, placed, which, last, total)
+            noise = cut_out(rms, placed, which)
+            usable = _usable(image, noise, placed, which, start.start, last is None, fwhm_pix)
+            if separate is not None:
+                image = image - separate.images(placed, which)
+            weight = _weights(image, noise, usable, config.fit_options.weights)
+            batch = _batch(image, weight, placed, which, slots, start, last)
+            result, order, second = _best_fit(batch, config)
+            if config.fit_options.weights != "inverse_rms":
+                batch = batch._replace(start=result.params, order=order)
+                result = result._replace(covariance=_sandwich(batch, result, noise))
+            _store(fits, result, order, second, placed, which)
+            backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
+            backgrounds.orders[which] = order
     if separate is not None:
         total_order = np.maximum(backgrounds.orders, separate.orders)
         backgrounds = Backgrounds(backgrounds.coefficients + separate.coefficients, total_order)

@@ -54,7 +54,7 @@ _IPAC_LINE = 78  # characters in a comment of an IPAC header
 # DS9 regions: positions and angles in degrees, to a few nanoarcseconds; semi-axes in arcseconds
 _CROSS = "point({:.12f},{:.12f}) # point=cross"
 _LABELLED_CROSS = _CROSS + " text={{{}}}"
-_ELLIPSE = "ellipse({:.12f},{:.12f},{:.10g}\",{:.10g}\",{:.9f})"
+_ELLIPSE = 'ellipse({:.12f},{:.12f},{:.10g}",{:.10g}",{:.9f})'
 
 _Writer = Callable[[Path], object]
 

@@ -1,7 +1,7 @@
 """Maps with known sources, and the truth about them.
 
 Sources are defined on the sky: position, total flux density, FWHM and position angle (East of
-North) in ICRS. They reach the pixels through the local Jacobian of the WCS, found here by moving
+North) in ICRS. They reach the pixels through the local Jacobian of the WCS, found by moving
 small steps on the sphere, so a rotated, flipped, non-square or Galactic map, or one far from its
 projection centre, tests the geometry of whatever reads it.
 
@@ -10,12 +10,11 @@ the map's own frame. Everything is built in Jy/beam and converted to the map's u
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
-from uuid import uuid4
 
 import numpy as np
 from astropy import units as u
@@ -28,14 +27,22 @@ from scipy import fft
 from scipy.ndimage import distance_transform_edt
 
 from hyperjax.errors import ConfigError, OutputError
+from hyperjax.files import write_together
+from hyperjax.sphere import (
+    FWHM_PER_SIGMA,
+    frame_rotation,
+    gaussian_covariance,
+    gaussian_ellipse,
+    pixel_solid_angles,
+    pixels_per_arcsec,
+    principal_axes,
+)
 
 __all__ = [
     "Simulated",
     "Simulation",
     "SkySources",
     "demo_simulation",
-    "pixel_solid_angles",
-    "pixels_per_arcsec",
     "render",
     "simulate",
     "write_simulation",
@@ -48,7 +55,6 @@ Blank = Literal["nan", "zero"]
 WcsMatrix = Literal["PC", "CD"]
 FloatArray = NDArray[np.float64]
 
-_FWHM_PER_SIGMA = np.sqrt(8 * np.log(2))
 _GAUSSIAN_AREA = np.pi / (4 * np.log(2))  # area of a Gaussian over its FWHM_1 x FWHM_2
 _WINDOW_SIGMA = 7.0  # leaves out exp(-24.5) = 2e-11 of the flux
 _BLEND_REACH_BEAMS = 1.0  # how far beyond the smallest separation a partner is put
@@ -419,43 +425,6 @@ def map_header(options: Simulation) -> fits.Header:
     return header
 
 
-def pixels_per_arcsec(wcs: WCS, sky: SkyCoord, step_arcsec: float) -> FloatArray:
-    """Jacobian of the projection, from central differences between points on the sphere.
-
-    Parameters
-    ----------
-    wcs : astropy.wcs.WCS
-        Celestial, two-dimensional.
-    sky : SkyCoord, (n,)
-        Where. East and North are those of its frame.
-    step_arcsec : float
-        Half the distance between the points; a tenth of a pixel is good to about 1e-7.
-
-    Returns
-    -------
-    ndarray, (n, 2, 2)
-        Pixels per arcsec: rows (x, y), columns (East, North).
-    """
-    step = step_arcsec * u.arcsec
-    columns = []
-    for bearing in (90 * u.deg, 0 * u.deg):
-        ahead = wcs.world_to_pixel(sky.directional_offset_by(bearing, step))
-        behind = wcs.world_to_pixel(sky.directional_offset_by(bearing + 180 * u.deg, step))
-        columns.append(np.subtract(ahead, behind).T / (2 * step_arcsec))
-    return np.stack(columns, axis=-1)
-
-
-def pixel_solid_angles(wcs: WCS, shape: tuple[int, int]) -> FloatArray:
-    """Solid angle of every pixel, sr, (ny, nx), from the positions of its four corners."""
-    ny, nx = shape
-    y, x = np.mgrid[: ny + 1, : nx + 1] - 0.5
-    lon, lat = np.deg2rad(wcs.pixel_to_world_values(x, y))
-    corner = np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
-    rising = corner[1:, 1:] - corner[:-1, :-1]
-    falling = corner[1:, :-1] - corner[:-1, 1:]
-    return 0.5 * np.linalg.norm(np.cross(rising, falling), axis=-1)
-
-
 def native_per_jy_beam(options: Simulation, wcs: WCS) -> float | FloatArray:
     """Value in the map's unit of 1 Jy/beam: an array (ny, nx) for Jy/pixel, else a scalar."""
     if options.unit == "Jy/beam":
@@ -469,45 +438,12 @@ def native_per_jy_beam(options: Simulation, wcs: WCS) -> float | FloatArray:
     return float(brightness.to_value(u.K, frequency))
 
 
-def frame_rotation(sky: SkyCoord) -> FloatArray:
-    """Position angle in ICRS, degrees, of the direction to the North of the frame of `sky`."""
-    north = sky.directional_offset_by(0 * u.deg, 1 * u.arcmin)
-    return np.asarray(sky.icrs.position_angle(north.icrs).deg)
-
-
-# ----------------------------------------------------------------------------------- the ellipses
-
-
-def _covariance(fwhm_major: ArrayLike, fwhm_minor: ArrayLike, axis: FloatArray) -> FloatArray:
-    """Covariance (n, 2, 2) of Gaussians whose major axes lie along the unit vectors `axis`."""
-    across = np.stack([-axis[:, 1], axis[:, 0]], axis=-1)
-    sigma = np.stack(np.broadcast_arrays(fwhm_major, fwhm_minor), axis=-1) / _FWHM_PER_SIGMA
-    root = sigma[..., None, :] * np.stack([axis, across], axis=-1)
-    return root @ root.swapaxes(1, 2)
-
-
-def _sky_covariance(fwhm_major: ArrayLike, fwhm_minor: ArrayLike, pa_deg: ArrayLike) -> FloatArray:
-    """Covariance (n, 2, 2), arcsec², rows and columns (East, North)."""
-    pa = np.deg2rad(pa_deg)
-    return _covariance(fwhm_major, fwhm_minor, np.stack([np.sin(pa), np.cos(pa)], axis=-1))
-
-
-def _axes(covariance: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Major and minor sigma (n,) and the unit vectors (n, 2) along the major axes."""
-    variance, vectors = np.linalg.eigh(covariance)
-    return np.sqrt(variance[:, 1]), np.sqrt(variance[:, 0]), vectors[:, :, 1]
-
-
-def _sky_ellipse(covariance: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Major and minor FWHM, and position angle in [0, 180) degrees, each (n,)."""
-    major, minor, axis = _axes(covariance)
-    pa = np.rad2deg(np.arctan2(axis[:, 0], axis[:, 1])) % 180.0
-    return _FWHM_PER_SIGMA * major, _FWHM_PER_SIGMA * minor, pa
+# ------------------------------------------------------------------------- ellipses on the map
 
 
 def _beam_covariance(options: Simulation, sky: SkyCoord) -> FloatArray:
     """Covariance (n, 2, 2) of the beam at `sky`, arcsec², along East and North of ICRS."""
-    return _sky_covariance(*options.beam_axes_arcsec, options.beam_pa_deg + frame_rotation(sky))
+    return gaussian_covariance(*options.beam_axes_arcsec, options.beam_pa_deg + frame_rotation(sky))
 
 
 def _jacobian(options: Simulation, wcs: WCS, sky: SkyCoord) -> FloatArray:
@@ -541,12 +477,12 @@ def draw_sources(
     beam = options.beam_fwhm_arcsec
     major = beam * np.sqrt(rng.uniform(*options.size_range, count) ** 2 - 1)
     minor = major * rng.uniform(*options.axis_ratio_range, count)
-    intrinsic = _sky_covariance(major, minor, rng.uniform(0.0, 180.0, count))
+    intrinsic = gaussian_covariance(major, minor, rng.uniform(0.0, 180.0, count))
     low, high = np.log(options.snr_range)
     snr = np.exp(rng.uniform(low, high, count))
 
     if options.shapes is None:
-        fwhm_major, fwhm_minor, pa = _sky_ellipse(intrinsic + _beam_covariance(options, sky))
+        fwhm_major, fwhm_minor, pa = gaussian_ellipse(intrinsic + _beam_covariance(options, sky))
     else:
         fwhm_major, fwhm_minor, pa = np.asarray(options.shapes, float).reshape(count, 3).T
     if options.fluxes is None:
@@ -646,8 +582,8 @@ def pixel_gaussians(
     x, y = _world_to_pixel(wcs, sources)
     sky = sources.coordinates
     jacobian = _jacobian(options, wcs, sky)
-    covariance = _sky_covariance(sources.fwhm_major, sources.fwhm_minor, sources.pa)
-    major, minor, axis = _axes(jacobian @ covariance @ jacobian.swapaxes(1, 2))
+    covariance = gaussian_covariance(sources.fwhm_major, sources.fwhm_minor, sources.pa)
+    major, minor, axis = principal_axes(jacobian @ covariance @ jacobian.swapaxes(1, 2))
     theta = np.arctan2(axis[:, 1], axis[:, 0]) % np.pi
     return x, y, _peak(options, sources), major, minor, theta
 
@@ -770,7 +706,7 @@ def draw_background(options: Simulation, rng: np.random.Generator) -> FloatArray
     background = options.offset + options.gradient * plane
     if options.structure > 0:
         scale = options.structure_scale_beams * options.beam_fwhm_pix
-        kernel = np.eye(2) * (scale / _FWHM_PER_SIGMA) ** 2
+        kernel = np.eye(2) * (scale / FWHM_PER_SIGMA) ** 2
         smooth = _random_field(
             options.shape, lambda ky, kx: _gaussian_transfer(ky, kx, kernel), 3 * scale, rng
         )
@@ -867,7 +803,7 @@ def write_simulation(
 ) -> tuple[Path, Path]:
     """Write the map, and beside it the truth as ``<stem>_truth.ecsv``.
 
-    Each file appears complete or not at all.
+    Both appear when both are complete.
 
     Parameters
     ----------
@@ -897,20 +833,6 @@ def write_simulation(
         if target.exists() and not overwrite:
             raise OutputError(f"{target}: exists already; give another name or allow overwriting")
     image = fits.PrimaryHDU(simulated.data, simulated.header)
-    _write_atomically(map_path, image.writeto)
-    _write_atomically(truth_path, lambda part: simulated.truth.write(part, format="ascii.ecsv"))
+    write_truth = partial(simulated.truth.write, format="ascii.ecsv")
+    write_together({map_path: image.writeto, truth_path: write_truth})
     return map_path, truth_path
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write to a temporary name in the same folder, then rename."""
-    part = path.with_name(f".{uuid4().hex}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error

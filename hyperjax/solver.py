@@ -212,16 +212,27 @@ def solve_one(model: Objective, problem: Problem, tolerances: Tolerances) -> Sol
     return _solution(last)
 
 
-def solve_lanes(model: Objective, problems: Problem, tolerances: Tolerances, lanes: int) -> Solution:
-    """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time."""
-    count = problems.data.shape[0]
-    lanes = min(lanes, count)
+def solve_lanes(
+    model: Objective,
+    problems: Problem,
+    tolerances: Tolerances,
+    lanes: int,
+    count: Int[Array, ""] | None = None,
+) -> Solution:
+    """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time.
+
+    Only the first `count` are solved (all, unless given); the others are padding, and come back as
+    zeros.
+    """
+    size = problems.data.shape[0]
+    count = jnp.asarray(size) if count is None else count
+    lanes = min(lanes, size)
     problems = jax.vmap(model.prepare)(problems)
     index = jnp.arange(lanes)
     held = jax.tree.map(lambda leaf: leaf[:lanes], problems)
     state = jax.vmap(lambda problem: begin(model, problem))(held)
     blank = jax.tree.map(
-        lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), _solution(state)
+        lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), _solution(state)
     )
 
     def trip(carry):  # type: ignore[no-untyped-def]
@@ -230,7 +241,7 @@ def solve_lanes(model: Objective, problems: Problem, tolerances: Tolerances, lan
         running = state.status == RUNNING
         state = _select(running, moved, state)
         ended = (state.status != RUNNING) & (index < count)
-        slot = jnp.where(ended, index, count)
+        slot = jnp.where(ended, index, size)
         results = jax.tree.map(
             lambda out, leaf: out.at[slot].set(leaf, mode="drop"), results, _solution(state)
         )

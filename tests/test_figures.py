@@ -88,7 +88,7 @@ def test_overview_draws_any_map_without_warnings(tmp_path, options):
     save_figure(figure, path)
     image = imread(path)
     width, height = figure.get_size_inches()
-    assert_allclose(image.shape[:2], (150 * height, 150 * width), atol=1)
+    assert_allclose(image.shape[:2], (120 * height, 120 * width), atol=1)
     assert max(width, height) < 18
     assert min(width, height) > 3
     assert image[..., :3].std() > 0.1
@@ -375,7 +375,7 @@ def test_comparison_draws_points_with_error_bars(measured, tmp_path):
     assert_allclose(points.lines[0].get_xdata(), measured[0]["SNR"][:70])
     assert points.has_yerr
     save_figure(figure, tmp_path / "comparison.png")
-    assert imread(tmp_path / "comparison.png").shape[:2] == (690, 2025)
+    assert imread(tmp_path / "comparison.png").shape[:2] == (552, 1620)
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -20,7 +20,7 @@ from hyperjax import products
 from hyperjax.config import Config
 from hyperjax.errors import OutputError
 from hyperjax.maps import Beam, Map
-from hyperjax.products import Layout, atomic_path, write_extraction, write_merged
+from hyperjax.products import Layout, copy_as_merged, write_extraction, write_merged
 
 SHAPE = (40, 50)
 ODD_NAMES = ["map [1] (b) v2.1", "field, 'a'; $x_1$ é", "-dash", ".hidden", "a/b"]
@@ -223,6 +223,20 @@ def test_tables_keep_units(layout, n, suffix):
         assert unit is None or u.Unit(table[name].unit) == unit
 
 
+def test_the_catalogue_of_a_single_map_becomes_the_merged_one(layout):
+    write_extraction(make_extraction(), layout, plots=False)
+    written = copy_as_merged(layout, "M1")
+    assert written == [layout.table("ALL", suffix) for suffix in FORMATS]
+    for suffix in FORMATS:
+        assert layout.table("ALL", suffix).read_bytes() == layout.table("M1", suffix).read_bytes()
+
+
+def test_a_map_that_is_named_nan_keeps_its_name(layout):
+    write_merged(make_catalog(name="nan"), layout)
+    table = Table.read(layout.table("ALL", ".txt"), format="ascii.ipac")
+    assert list(table["MAP_ID"]) == ["nan"] * 3
+
+
 def test_ecsv_keeps_everything(layout):
     catalog = make_catalog()
     write_merged(catalog, layout)
@@ -333,9 +347,30 @@ def test_ds9_gets_semi_axes_and_the_angle_from_west():
         for line in products.ellipse_regions(catalog, "icrs").splitlines()
         if line.startswith("ellipse")
     )
-    numbers = [float(n) for n in line.partition("(")[2].partition(")")[0].split(",")]
-    expected = [catalog["RA"][0].value, catalog["DEC"][0].value, 6 / 3600, 4 / 3600, 10.0]
-    assert_allclose(numbers, expected, rtol=1e-9)
+    numbers = line.removeprefix("ellipse(").removesuffix(")").split(",")
+    assert [number[-1:] == '"' for number in numbers] == [False, False, True, True, False]
+    expected = [catalog["RA"][0].value, catalog["DEC"][0].value, 6, 4, 10]
+    assert_allclose([float(number.strip('"')) for number in numbers], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("frame", products.DS9_FRAMES)
+def test_regions_are_those_that_the_regions_package_writes(frame):
+    catalog = make_catalog(5)
+    centre = SkyCoord(catalog["RA"], catalog["DEC"]).transform_to(frame)
+    angle = products.position_angles(catalog, frame) - 90 * u.deg
+    shapes = zip(centre, catalog["FWHM_1"], catalog["FWHM_2"], angle, strict=True)
+    theirs = Regions([EllipseSkyRegion(*shape) for shape in shapes])
+    expected = Regions.parse(theirs.serialize(format="ds9", precision=12), format="ds9")
+    ours = Regions.parse(products.ellipse_regions(catalog, frame), format="ds9")[:5]
+    for ellipse, other in zip(ours, expected, strict=True):
+        assert ellipse.center.frame.name == other.center.frame.name == frame
+        assert ellipse.center.separation(other.center) < 1e-6 * u.arcsec
+        for name in ("width", "height", "angle"):
+            assert_allclose(
+                getattr(ellipse, name).to_value(u.arcsec),
+                getattr(other, name).to_value(u.arcsec),
+                rtol=1e-8,
+            )
 
 
 def test_small_ellipses_keep_their_size():
@@ -416,33 +451,6 @@ def test_images_are_in_the_unit_and_on_the_grid_of_the_map(layout, unit, native,
 
 
 # --- atomicity and refusals -----------------------------------------------------------------------
-
-
-def test_atomic_path_makes_the_folder_and_keeps_the_suffix(tmp_path):
-    target = tmp_path / "a" / "b" / "x.fits"
-    with atomic_path(target) as temporary:
-        assert temporary.suffix == ".fits"
-        assert temporary.parent == target.parent
-        temporary.write_text("new")
-        assert not target.exists()
-    assert target.read_text() == "new"
-    assert files_in(tmp_path) == ["a/b/x.fits"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_atomic_path_leaves_the_target_after_an_error(tmp_path, error):
-    target = tmp_path / "x.txt"
-    target.write_text("old")
-
-    def interrupted():
-        with atomic_path(target) as temporary:
-            temporary.write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert target.read_text() == "old"
-    assert files_in(tmp_path) == ["x.txt"]
 
 
 def test_files_get_the_permissions_of_any_new_file(layout, tmp_path):

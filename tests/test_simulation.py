@@ -19,12 +19,11 @@ from hyperjax.simulation import (
     Simulated,
     Simulation,
     demo_simulation,
-    pixel_solid_angles,
-    pixels_per_arcsec,
     render,
     simulate,
     write_simulation,
 )
+from hyperjax.sphere import pixel_solid_angles, pixels_per_arcsec
 
 ARCSEC2_PER_SR = u.sr.to(u.arcsec**2)
 DEGREE_PIX = 3600  # pixels of 1 arcsec
@@ -491,5 +490,5 @@ def test_other_extensions_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="a file is in the place of an output folder"):
         write_simulation(simulate(CLEAN), tmp_path / "file" / "sim.fits")
