@@ -7,10 +7,12 @@ Every run is a process of its own, from its start to its last product, as a user
 
 hyper_py runs with the configuration that it ships, changed only in its paths and its detection
 threshold, with ``survey_code`` 15 (the beam of the header) and all pictures and FITS products off,
-and as it is quickest on one map: without a pool of processes (``parallel_maps``), and with linear
-algebra on one thread (``--blas-threads``). Processor time is user plus system time of a run with
-all its subprocesses; memory is that of the largest of them. This script imports no heavy module: it
-would count as their memory.
+and so that one map costs it least: in one process (``parallel_maps`` off), and with linear algebra
+on one thread (``--blas-threads``), since a second adds to its CPU time.
+
+CPU time is user plus system time of a run with all its subprocesses; memory is that of the largest
+of them; the load is the computer's in the last five minutes, these runs included. This script
+imports no heavy module: it would count as their memory.
 
     python benchmarks/whole_map.py                            # hyperjax alone, on a simulated map
     python benchmarks/whole_map.py MAP.fits --hyper-py ENVIRONMENT/bin/python --markdown
@@ -148,7 +150,8 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
     """Run everything and print: where, the table, the ratios."""
     versions = [
         f"hyperjax: {installed(options.hyperjax, ('hyperjax', 'jax', *PACKAGES))}",
-        f"hyper_py: {installed(options.hyper_py, ('hyper-py-photometry', 'lmfit', *PACKAGES))}"
+        f"hyper_py: {installed(options.hyper_py, ('hyper-py-photometry', 'lmfit', *PACKAGES))}, "
+        f"BLAS threads {options.blas_threads}"
         if options.hyper_py
         else "hyper_py: not run (--hyper-py)",
     ]
@@ -178,7 +181,8 @@ def report(options: argparse.Namespace, scratch: Path) -> None:
     if rivals:
         rows.append(row("hyper_py", [theirs for _, theirs in rivals]))
     facts = [
-        f"{date.today()}, {path.name}, threshold {bench.sigma:g} rms; {processor()}",
+        f"{date.today()}, {path.name}, threshold {bench.sigma:g} rms; {processor()}, "
+        f"load {os.getloadavg()[1]:.1f}",
         *versions,
         *ratio_lines(rivals),
     ]
@@ -205,7 +209,7 @@ def run_hyperjax(bench: Bench, name: str) -> Run:
 
 
 def run_hyper_py(bench: Bench, python: str, name: str) -> Run:
-    """Run hyper_py with the configuration that it ships."""
+    """Run hyper_py with the configuration that it ships, `adapted` to the map."""
     folder = bench.scratch / name
     package = Path(answer(python, HYPER_PY_FOLDER_CODE))
     template = (package / "assets" / "default_config.yaml").read_text(encoding="utf-8")
@@ -213,7 +217,7 @@ def run_hyper_py(bench: Bench, python: str, name: str) -> Run:
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [python, "-m", "hyper_py", str(folder / "config.yaml")]
-    environment = {name: str(bench.blas_threads) for name in BLAS_VARIABLES}
+    environment = {variable: str(bench.blas_threads) for variable in BLAS_VARIABLES}
     return counted(measured(command, folder, bench.timeout_s, environment), folder)
 
 

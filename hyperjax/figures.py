@@ -133,7 +133,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     OutputError
         If the file cannot be written.
     """
-    options = {"pil_kwargs": _QUICK_PNG} if path.suffix == ".png" else {}
+    options: dict[str, Any] = {"pil_kwargs": _QUICK_PNG} if path.suffix == ".png" else {}
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI, **options)
 
@@ -305,8 +305,9 @@ def _draw_sources(axes: WCSAxes, wcs: WCS, catalog: QTable) -> None:
     outlines = ellipse_outlines(wcs, centre, *shape)  # of no size where there is no shape
     few = len(sources) <= _LABEL_LIMIT
     width = 1.0 if few else 0.6
-    for edge in ({"ec": "black", "lw": width + 0.8, "alpha": 0.6}, {"ec": _SKY_BLUE, "lw": width}):
-        axes.add_collection(PolyCollection(outlines[shaped], facecolors="none", **edge))
+    style: dict[str, Any] = {"verts": list(outlines[shaped]), "facecolors": "none"}
+    axes.add_collection(PolyCollection(**style, ec="black", lw=width + 0.8, alpha=0.6))
+    axes.add_collection(PolyCollection(**style, ec=_SKY_BLUE, lw=width))
     axes.plot(*outlines[~shaped, 0].T, "+", color=_SKY_BLUE, ms=6 if few else 3)
     if few:
         _draw_labels(axes, outlines, sources["HYPER_ID"])

@@ -6,7 +6,6 @@ to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/s
 same steps), solved in persistent lanes on every device, and brought back with its covariance.
 """
 
-import functools
 import os
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
+from hyperjax.kernels import solve_block
 from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Problem, monomials
 from hyperjax.solver import (
     CONVERGED,
@@ -26,7 +25,6 @@ from hyperjax.solver import (
     STEP_LIMIT,
     Solution,
     Tolerances,
-    solve_lanes,
 )
 
 __all__ = [
@@ -210,8 +208,7 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     for first in range(0, count, _BLOCKS[-1]):
         piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
         counts = np.bincount(np.arange(len(piece.data)) % devices, minlength=devices)
-        with jax.enable_x64(batch.data.dtype == np.float64):
-            solved = _solve_block(model, lanes, _dealt(piece, devices), tolerances, counts)
+        solved = solve_block(model, lanes, _dealt(piece, devices), tolerances, counts)
         solutions.append(_gathered(solved, devices, len(piece.data)))
     solution = jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
     return to_results(np, model, batch, scale, problems, solution)
@@ -318,26 +315,6 @@ def _gathered(solution: Solution, devices: int, size: int) -> Solution:
         return np.moveaxis(shares, 0, 1).reshape(array.shape)[:size]
 
     return jax.tree.map(gather, solution)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _solve_block(
-    model: GaussianGroup,
-    lanes: int,
-    problems: Problem,
-    tolerances: Tolerances,
-    counts: Int[Array, " device"],
-) -> Solution:
-    """Solve a block of problems, its leading axis divided over the devices."""
-
-    def solve(share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]) -> Solution:
-        return solve_lanes(model, share, tolerances, lanes, count[0])
-
-    mesh = Mesh(np.array(jax.local_devices()[: len(counts)]), ("group",))
-    each, same = PartitionSpec("group"), PartitionSpec()
-    return jax.shard_map(
-        solve, mesh=mesh, in_specs=(each, same, each), out_specs=each, check_vma=False
-    )(problems, tolerances, counts)
 
 
 # --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------

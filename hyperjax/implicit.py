@@ -16,7 +16,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from hyperjax.fitting import (
@@ -33,7 +32,7 @@ from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes
 
 __all__ = ["fit_parameters"]
 
-_POLISH = 2  # Newton steps behind the iteration's own end
+_IN_COST = ("data", "weight", "ridge", "f_scale")  # of a problem
 
 
 def fit_parameters(
@@ -53,7 +52,8 @@ def fit_parameters(
         As for `hyperjax.fit_groups`. Data, weight, lower and upper have derivatives (bounds where
         they are active). The start has none, but for parameters that are held at it.
     options
-        As for `hyperjax.fit_groups`; `loss` must be known at compile time.
+        As for `hyperjax.fit_groups`, but the iteration goes on to the last digit unless `ftol` is
+        given: derivatives are as exact as the optimum. `loss` must be known at compile time.
     highest_order
         Highest order of the backgrounds, 0 to 4, known at compile time. The orders in the batch
         must not be above it.
@@ -82,7 +82,8 @@ def fit_parameters(
     _, ny, nx = batch.data.shape
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest_order, options.loss)
     problems, scale = to_problems(jnp, model, batch, options)
-    tolerances = tolerances_of(options, batch.data.dtype)
+    exact = 0.0 if options.ftol is None else options.ftol
+    tolerances = tolerances_of(options._replace(ftol=exact), batch.data.dtype)
     problems = jax.tree.map(jnp.asarray, problems)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
     return to_parameters(jnp, model, batch, scale, solved)
@@ -91,11 +92,8 @@ def fit_parameters(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def optimum(model: Model, problems: Problem, tolerances: Tolerances) -> Float[Array, "group P"]:
     """The parameters at the optimum of each problem (leading axis)."""
-    lanes = lanes_for(model, problems.data.dtype)
-    every = jnp.asarray(len(problems.data))
-    params = solve_lanes(model, problems, tolerances, lanes, every).params
-    polish = jax.vmap(functools.partial(_polished, model))
-    return lax.fori_loop(0, _POLISH, lambda _, params: polish(params, problems), params)
+    lanes, every = lanes_for(model, problems.data.dtype), jnp.asarray(len(problems.data))
+    return solve_lanes(model, problems, tolerances, lanes, every).params
 
 
 @optimum.defjvp
@@ -106,89 +104,39 @@ def _optimum_jvp(
 ) -> tuple[Float[Array, "group P"], Float[Array, "group P"]]:
     problems, tolerances = primals
     params = optimum(model, problems, tolerances)
-    change = jax.vmap(functools.partial(_response, model))(params, problems, _moving(tangents[0]))
-    return params, change
-
-
-def _moving(change: Problem) -> dict[str, Array]:
-    """The changes of what has derivatives: `free` is yes or no, `weight_moments` is derived."""
-    named = change._asdict()
-    return {name: named[name] for name in named if name not in ("free", "weight_moments")}
-
-
-def _slope(
-    model: Model, params: Float[Array, " P"], chart: Chart, problem: Problem
-) -> Float[Array, " P"]:
-    """Derivative of the cost along the local coordinates, at `params`."""
-    return _slope_after(model, params, chart, problem, jnp.zeros_like(params))
-
-
-def _slope_after(
-    model: Model,
-    params: Float[Array, " P"],
-    chart: Chart,
-    problem: Problem,
-    step: Float[Array, " P"],
-) -> Float[Array, " P"]:
-    """The same, after a local step."""
-    return jax.grad(lambda step: model.cost(model.path(params, chart, step), problem))(step)
-
-
-def _here(
-    model: Model, params: Float[Array, " P"], problem: Problem
-) -> tuple[Chart, Float[Array, " P"], Bool[Array, " P"]]:
-    """The local coordinates at `params`, the slope along them, and which must not move."""
-    chart = model.chart(params, jax.grad(model.cost)(params, problem), problem)
-    slope = _slope(model, params, chart, problem)
-    return chart, slope, blocked_by_bounds(problem, chart, slope)
-
-
-def _hessian(
-    model: Model, params: Float[Array, " P"], chart: Chart, problem: Problem
-) -> Float[Array, "P P"]:
-    """Exact second derivatives of the cost along the local coordinates."""
-    here = jnp.zeros_like(params)
-    return jax.jacfwd(lambda step: _slope_after(model, params, chart, problem, step))(here)
-
-
-def _solved(
-    hessian: Float[Array, "P P"], blocked: Bool[Array, " P"], right: Float[Array, " P"]
-) -> Float[Array, " P"]:
-    """Solution of H_FF q_F = right_F; 0 for the blocked coordinates."""
-    diagonal = jnp.abs(jnp.diagonal(hessian))
-    idle = blocked | (diagonal == 0)
-    scale = jnp.where(idle, 0, 1 / jnp.sqrt(jnp.where(idle, 1, diagonal)))
-    scaled = hessian * scale[:, None] * scale + jnp.diag(idle.astype(hessian.dtype))
-    return scale * jnp.linalg.solve(scaled, scale * right)
-
-
-def _polished(model: Model, params: Float[Array, " P"], problem: Problem) -> Float[Array, " P"]:
-    """One Newton step further, if it does not raise the cost."""
-    chart, slope, blocked = _here(model, params, problem)
-    step = -_solved(_hessian(model, params, chart, problem), blocked, slope)
-    clipped = jnp.clip(step, chart.lower - chart.value, chart.upper - chart.value)
-    moved = model.retract(params, chart, jnp.where(blocked, 0, clipped), problem)
-    better = model.cost(moved, problem) <= model.cost(params, problem) * (1 + 1e-12)
-    return jnp.where(better, moved, params)
+    moving = {name: getattr(tangents[0], name) for name in (*_IN_COST, "start", "lower", "upper")}
+    return params, jax.vmap(functools.partial(_response, model))(params, problems, moving)
 
 
 def _response(
     model: Model, params: Float[Array, " P"], problem: Problem, change: dict[str, Array]
 ) -> Float[Array, " P"]:
     """Change of the optimum with that of the problem, to first order."""
-    chart, _, blocked = _here(model, params, problem)
-    names = ("data", "weight", "ridge", "f_scale")
 
-    def slope_of(*values: Array) -> Float[Array, " P"]:
-        changed = problem._replace(**dict(zip(names, values, strict=True)))
-        return _slope(model, params, chart, changed)
+    def gradient_of(params: Array, *values: Array) -> Array:
+        changed = problem._replace(**dict(zip(_IN_COST, values, strict=True)))
+        return jax.grad(model.cost)(params, changed)
 
-    now = tuple(getattr(problem, name) for name in names)
-    _, pushed = jax.jvp(slope_of, now, tuple(change[name] for name in names))
+    now = [getattr(problem, name) for name in _IN_COST]
+    gradient, push = jax.linearize(gradient_of, params, *now)
+    still = [jnp.zeros_like(value) for value in now]
+    curvature = jax.vmap(lambda step: push(step, *still))(jnp.eye(model.size, dtype=params.dtype))
+    pushed = push(jnp.zeros_like(params), *(change[name] for name in _IN_COST))
+
+    chart = model.chart(params, gradient, problem)
+    blocked = blocked_by_bounds(problem, chart, chart.basis.T @ gradient)
+    hessian = chart.basis.T @ curvature @ chart.basis + _bend(model, params, chart, gradient)
     carried = _carried(model, params, problem, chart, blocked, change)
-    hessian = _hessian(model, params, chart, problem)
-    local = carried - _solved(hessian, blocked, pushed + hessian @ carried)
-    return chart.basis @ local
+    right = chart.basis.T @ pushed + hessian @ carried
+    return chart.basis @ (carried - _solved(hessian, blocked, right))
+
+
+def _bend(
+    model: Model, params: Float[Array, " P"], chart: Chart, gradient: Float[Array, " P"]
+) -> Float[Array, "P P"]:
+    """Second derivatives of the cost that come from the local coordinates being curved."""
+    here = jnp.zeros_like(params)
+    return jax.hessian(lambda step: gradient @ model.path(params, chart, step))(here)
 
 
 def _carried(
@@ -202,10 +150,9 @@ def _carried(
     """Local change of the coordinates that rest on a bound or are held; 0 for the others."""
 
     def bounds(lower: Array, upper: Array) -> tuple[Array, Array]:
-        moved = model.chart(
-            params, jnp.zeros_like(params), problem._replace(lower=lower, upper=upper)
-        )
-        return moved.lower, moved.upper
+        moved = problem._replace(lower=lower, upper=upper)
+        there = model.chart(params, jnp.zeros_like(params), moved)
+        return there.lower, there.upper
 
     _, (lower, upper) = jax.jvp(
         bounds, (problem.lower, problem.upper), (change["lower"], change["upper"])
@@ -214,3 +161,14 @@ def _carried(
     at_lower = chart.value - chart.lower < chart.upper - chart.value
     bound = jnp.where(at_lower, lower, upper)
     return jnp.where(~problem.free, start, jnp.where(blocked & ~chart.frozen, bound, 0))
+
+
+def _solved(
+    hessian: Float[Array, "P P"], blocked: Bool[Array, " P"], right: Float[Array, " P"]
+) -> Float[Array, " P"]:
+    """Solution of H_FF q_F = right_F; 0 for the blocked coordinates."""
+    diagonal = jnp.abs(jnp.diagonal(hessian))
+    idle = blocked | (diagonal == 0)
+    scale = jnp.where(idle, 0, 1 / jnp.sqrt(jnp.where(idle, 1, diagonal)))
+    scaled = hessian * scale[:, None] * scale + jnp.diag(idle.astype(hessian.dtype))
+    return scale * jnp.linalg.solve(scaled, scale * right)

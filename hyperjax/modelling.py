@@ -145,7 +145,7 @@ def _sweep(
     """
     fits, backgrounds = _empty_fits(len(start.start)), Backgrounds.empty(len(placed.members))
     if last is not None:
-        fits = last = SourceFits(*(column.copy() for column in last))
+        fits = last = last.take(np.arange(len(last.x)))  # a copy, which changes turn by turn
     for now in range(np.max(turn, initial=-1) + 1):
         total = None if last is None else render_sources(data.shape, last)
         for (_, slots), which in buckets(placed, turn == now).items():

@@ -22,6 +22,8 @@ from hyperjax.photometry import Apertures, aperture_photometry, render_sources
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-14  # of a map's largest value: what scatters less has no noise
+
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
@@ -92,7 +94,8 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             first = model_sources(map.data, noise, found, fwhm, config).fits
         with _timed(seconds, "companions"):
             rest = high_pass(map.data - render_sources(map.shape, first), size)
-            rms = _noise(map, rest, config)  # without the dips that sources leave beside them
+            if not config.detection.use_manual_rms:  # without the dips that sources leave
+                rms = clipped_rms(rest) or scatter
             more = _detect(map, rest, scatter, config)
             found = with_companions(found, more, _separation(map, config))
         with _timed(seconds, "fit"):
@@ -144,7 +147,7 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
     if config.detection.use_manual_rms:
         return config.detection.rms_value
     rms = clipped_rms(filtered)
-    if not rms > 0:
+    if not rms > _ROUNDING * np.nanmax(np.abs(map.data)):
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "
             "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "

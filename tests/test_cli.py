@@ -3,6 +3,7 @@
 import gzip
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -30,13 +31,24 @@ from hyperjax.simulation import Simulation
 COMMANDS = ("run", "init", "simulate", "demo")
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in which the processes of these tests share what JAX has compiled."""
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(given) if given else tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
 def here(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    compiled: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """Work in an empty folder, without the user's own configuration."""
+    """Work in an empty folder, without the user's own configuration and compiled functions."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
     return tmp_path
 
 
@@ -536,7 +548,7 @@ def test_demo_finds_its_sources(here: Path) -> None:
 
 def test_two_maps_in_two_processes(here: Path) -> None:
     for seed in (1, 2):
-        hyperjax_command("simulate", f"{seed}.fits", "--shape", 80, 80, "--sources", 4)
+        hyperjax_command("simulate", f"{seed}.fits", "--shape", 80, 80, "--sources", 2)
     no_beam(here / "bad.fits")
     result = hyperjax_process("run", "1.fits", "bad.fits", "2.fits", "--jobs", 2, cwd=here)
     assert result.returncode == 1, result.stderr

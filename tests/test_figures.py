@@ -9,11 +9,13 @@ import pytest
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
+from matplotlib import colormaps
 from matplotlib.collections import PolyCollection
 from matplotlib.image import imread
 from matplotlib.patches import Polygon, Rectangle
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import map_coordinates
+from scipy.spatial import cKDTree
 
 from hyperjax.errors import OutputError
 from hyperjax.evaluate import Matches
@@ -103,19 +105,19 @@ def test_all_panels_show_something():
     assert titles == ["Map", "Model + background", "Residual"]
 
 
-def test_the_panels_share_the_stretch_and_the_zero():
+def test_the_colours_of_all_panels_are_those_of_the_bar():
     extraction = perfect_extraction(CASES["galactic"])
-    figure = overview(extraction)
-    images = [axes.images[0] for axes in figure.axes[:3]]
-    assert len({(i.norm.vmin, i.norm.vmax, i.norm.linear_width) for i in images}) == 1
+    *panels, bar = overview(extraction).axes
+    colours = np.concatenate([axes.images[0].get_array().reshape(-1, 4) for axes in panels])
     level = np.median(extraction.background)
-    expected = [
-        extraction.map.data - level,
-        extraction.model + extraction.background - level,
-        extraction.residual,
-    ]
-    for image, values in zip(images, expected, strict=True):
-        assert_allclose(image.get_array(), 1e3 * values, atol=1e-9)
+    model = extraction.model + extraction.background
+    shown = [extraction.map.data - level, model - level, extraction.residual]
+    ends = bar.yaxis.get_transform().transform(bar.get_ylim())
+    place = bar.yaxis.get_transform().transform(1e3 * np.ravel(shown))
+    expected = np.clip((place - ends[0]) / np.ptp(ends), 0, 1)
+    table = colormaps["inferno"](np.arange(256), bytes=True)
+    found = cKDTree(table).query(colours)[1] / 255
+    assert_allclose(found, expected, atol=3 / 256)
 
 
 def test_blank_pixels_are_grey():
@@ -237,7 +239,7 @@ def test_large_maps_are_averaged_and_stay_in_place():
     options = Simulation(shape=(700, 2500), n_sources=20, edge_margin_beams=3)
     axes = overview(perfect_extraction(options)).axes[0]
     image = axes.images[0]
-    assert image.get_array().shape == (700, 2500 // 3)
+    assert image.get_array().shape[:2] == (700, 2500 // 3)
     assert image.get_extent() == [-0.5, 2498.5, -0.5, 699.5]
     assert axes.get_xlim() == (-0.5, 2499.5)
 

@@ -1,0 +1,124 @@
+"""Traced fits, kept between processes.
+
+jax's persistent cache saves a later process the compilation of a fit, but not the tracing that
+comes before it, which takes longer than fitting a map. Here the traced program (StableHLO, by
+`jax.export`) is kept too, in the same folder. Without a cache folder nothing is kept.
+"""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from hyperjax.errors import OutputError
+from hyperjax.files import atomic_path
+from hyperjax.models import GaussianGroup, Normal, Problem
+from hyperjax.solver import Solution, Tolerances, solve_lanes
+
+logger = logging.getLogger(__name__)
+
+_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0), 0, 0, 0))  # type: ignore[arg-type]
+
+
+class _Kind(NamedTuple):
+    """What tells one traced program from another: the model, and types and shapes of the data."""
+
+    model: GaussianGroup
+    lanes: int
+    devices: int
+    double: bool
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    structure: Any
+
+
+def solve_block(
+    model: GaussianGroup,
+    lanes: int,
+    problems: Problem,
+    tolerances: Tolerances,
+    counts: Int[Array, " device"],
+) -> Solution:
+    """Solve a block of problems whose leading axis is divided over the devices.
+
+    The first `counts[d]` of device d's share are solved (`solver.solve_lanes`).
+    """
+    leaves, structure = jax.tree.flatten((problems, tolerances, counts))
+    specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    double = problems.data.dtype == np.float64
+    with jax.enable_x64(double):
+        solve = _program(_Kind(model, lanes, len(counts), double, specs, structure))
+        return jax.tree.unflatten(_SOLUTION, solve(*leaves))
+
+
+@functools.cache
+def _program(kind: _Kind) -> Callable[..., list[Array]]:
+    """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
+    fresh = jax.jit(functools.partial(_solve_shares, kind))
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder:
+        return fresh
+    path = Path(folder) / f"hyperjax-{_fingerprint(kind)}.stablehlo"
+    if path.is_file():
+        exported = export.deserialize(bytearray(path.read_bytes()))
+    else:
+        exported = export.export(fresh)(*kind.arguments)
+        _keep(exported, path)
+    each, same = (NamedSharding(_mesh(kind.devices), spec) for spec in _specs())
+    shardings = [each if argument.shape else same for argument in kind.arguments]
+    return jax.jit(exported.call, in_shardings=shardings)
+
+
+def _solve_shares(kind: _Kind, *leaves: Array) -> list[Array]:
+    """Solve each device's share on that device."""
+
+    def solve(share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]) -> Solution:
+        return solve_lanes(kind.model, share, tolerances, kind.lanes, count[0])
+
+    each, same = _specs()
+    shared = jax.shard_map(
+        solve,
+        mesh=_mesh(kind.devices),
+        in_specs=(each, same, each),
+        out_specs=each,
+        check_vma=False,
+    )
+    return jax.tree.leaves(shared(*jax.tree.unflatten(kind.structure, leaves)))
+
+
+def _mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.local_devices()[:devices]), ("group",))
+
+
+def _specs() -> tuple[PartitionSpec, PartitionSpec]:
+    """How arrays are divided: along their leading axis, and not at all."""
+    return PartitionSpec("group"), PartitionSpec()
+
+
+def _keep(exported: export.Exported, path: Path) -> None:
+    """Write a traced program; a folder that cannot be written to only costs time."""
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(exported.serialize())
+    except OutputError as error:
+        logger.debug("traced fit not kept: %s", error)
+
+
+def _fingerprint(kind: _Kind) -> str:
+    """A name for a traced program, which changes with the code, jax and the processor's kind."""
+    told = repr((kind[:-1], str(kind.structure), jax.__version__, jax.default_backend()))
+    return hashlib.sha256(told.encode() + _source()).hexdigest()[:32]
+
+
+@functools.cache
+def _source() -> bytes:
+    """The code that is traced."""
+    here = Path(__file__).parent
+    return b"".join((here / f"{name}.py").read_bytes() for name in ("models", "solver", "kernels"))
