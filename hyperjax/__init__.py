@@ -31,11 +31,15 @@ from hyperjax.errors import (
 )
 
 if TYPE_CHECKING:
-    from hyperjax.config import Config, load_config
+    from hyperjax.config import Config
+    from hyperjax.config_io import load_config
     from hyperjax.evaluate import score
     from hyperjax.fitting import fit_groups
+    from hyperjax.implicit import fit_parameters
+    from hyperjax.least_squares import BoundedLevenbergMarquardt
     from hyperjax.maps import Beam, Map, read_map
     from hyperjax.pipeline import Extraction, extract
+    from hyperjax.profiles import fit_profiles
     from hyperjax.simulation import Simulation, simulate
     from hyperjax.survey import run_hyper
 
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Beam",
     "BlankMapError",
+    "BoundedLevenbergMarquardt",
     "Config",
     "ConfigError",
     "Extraction",
@@ -63,6 +68,8 @@ __all__ = [
     "__version__",
     "extract",
     "fit_groups",
+    "fit_parameters",
+    "fit_profiles",
     "load_config",
     "read_map",
     "run_hyper",
@@ -72,13 +79,16 @@ __all__ = [
 
 _HOME = {
     "Beam": "maps",
+    "BoundedLevenbergMarquardt": "least_squares",
     "Config": "config",
     "Extraction": "pipeline",
     "Map": "maps",
     "Simulation": "simulation",
     "extract": "pipeline",
     "fit_groups": "fitting",
-    "load_config": "config",
+    "fit_parameters": "implicit",
+    "fit_profiles": "profiles",
+    "load_config": "config_io",
     "read_map": "maps",
     "run_hyper": "survey",
     "score": "evaluate",

@@ -273,7 +273,8 @@ def _inputs(
     maps: Sequence[Path], config: Path | None, given: dict[str, Any]
 ) -> "tuple[Config, Sequence[Path]]":
     """Tell maps from configuration, and put what is given on the command line before the rest."""
-    from hyperjax.config import Config, find_config, load_config, map_paths, with_overrides
+    from hyperjax.config import Config
+    from hyperjax.config_io import find_config, load_config, map_paths, with_overrides
 
     files = [path for path in maps if path.suffix.lower() in (".yaml", ".yml")]
     if files and (config or len(maps) > 1):
@@ -290,7 +291,7 @@ def _inputs(
 
 def _offer_template() -> Path:
     """Write a configuration to edit, and end there."""
-    from hyperjax.config import CONFIG_NAME, template
+    from hyperjax.config_io import CONFIG_NAME, template
 
     path = Path(CONFIG_NAME)
     _write_text(path, template())
@@ -423,7 +424,7 @@ def init(
     In between, name the maps in it (files.file_map_name).
     """
     with _errors_in_one_line(debug):
-        from hyperjax.config import template
+        from hyperjax.config_io import template
 
         _write_text(path, template(), force)
         typer.echo(f"wrote {path}; name your maps in it and run `hyperjax run {path}`")
@@ -558,7 +559,7 @@ def demo(
     The pictures to look at are named at the end.
     """
     with _errors_in_one_line(debug):
-        from hyperjax.config import config_from_dict
+        from hyperjax.config_io import config_from_dict
         from hyperjax.simulation import demo_simulation, write_simulation
         from hyperjax.simulation import simulate as simulate_map
 

@@ -210,7 +210,7 @@ def _panel_grid(map: Map) -> tuple[Figure, list[WCSAxes], Axes]:
     shown = min(max(ratio, 1 / _EQUAL_RATIO), _EQUAL_RATIO)
     width, height = _PANEL_INCHES * np.sqrt(shown), _PANEL_INCHES / np.sqrt(shown)
     rows, columns = (3, 1) if ratio > _STACK_RATIO else (1, 3)
-    left, right, bottom, top, gap, title = 1.1, 0.9, 0.55, 0.6, 0.3, 0.25
+    left, right, bottom, top, gap, title = 1.1, 0.9, 0.55, 0.6, 0.45, 0.25
     inside_x = columns * (width + gap) - gap
     inside_y = rows * (height + title) - title
     figure = Figure((left + inside_x + right, bottom + inside_y + title + top))

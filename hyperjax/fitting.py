@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_block
-from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Problem, monomials
+from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, monomials
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -198,20 +198,26 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
         If shapes, bounds or data are inconsistent; the message names the argument.
     """
     batch = _validated(batch, options)
-    count, ny, nx = batch.data.shape
+    _, ny, nx = batch.data.shape
     highest = next(order for order in _ORDERS if batch.order.max() <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
     problems, scale = to_problems(np, model, batch, options)
-    tolerances = tolerances_of(options, batch.data.dtype)
-    devices, lanes = len(jax.local_devices()), lanes_for(model, batch.data.dtype)
+    solution = solve_blocks(model, problems, options)
+    return to_results(np, model, batch, scale, problems, solution)
+
+
+def solve_blocks(model: Model, problems: Problem, options: FitOptions) -> Solution:
+    """Solve any number of problems (leading axis, numpy), a block at a time, on all devices."""
+    dtype = problems.data.dtype
+    tolerances = tolerances_of(options, dtype)
+    devices, lanes = len(jax.local_devices()), lanes_for(model, dtype)
     solutions = []
-    for first in range(0, count, _BLOCKS[-1]):
+    for first in range(0, len(problems.data), _BLOCKS[-1]):
         piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
         counts = np.bincount(np.arange(len(piece.data)) % devices, minlength=devices)
         solved = solve_block(model, lanes, _dealt(piece, devices), tolerances, counts)
         solutions.append(_gathered(solved, devices, len(piece.data)))
-    solution = jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
-    return to_results(np, model, batch, scale, problems, solution)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
 
 
 def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
@@ -277,7 +283,7 @@ def _check_values(batch: GroupBatch) -> None:
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
 
 
-def lanes_for(model: GaussianGroup, dtype: Any) -> int:
+def lanes_for(model: Model, dtype: Any) -> int:
     """Lanes whose working set (rows of products over the pixels) fits the cache of a core."""
     if jax.default_backend() != "cpu":
         return _BLOCKS[-1]
@@ -335,7 +341,7 @@ def to_problems(
     root = xp.where(valid, xp.sqrt(xp.where(valid, share, 1)), 0)
     mean = xp.sum(share * data, 1) / pixels
     deviation = xp.where(valid, data - mean[:, None], 0)
-    largest = _or_one(xp, xp.max(xp.abs(deviation), 1))
+    largest = _constant(xp, _or_one(xp, xp.max(xp.abs(deviation), 1)))
     squares = _or_one(xp, xp.sum(share * (deviation / largest[:, None]) ** 2, 1))
     unit = largest * xp.sqrt(squares / pixels)
     offset = xp.where(batch.order >= 0, mean, 0).astype(dtype)
@@ -413,6 +419,11 @@ def to_parameters(
     coefficients = solved[:, slots * SHAPE :] * scale.unit[:, None]
     constant = coefficients[:, :1] + scale.offset[:, None]
     return params, xp.concatenate([constant, coefficients[:, 1:]], 1)
+
+
+def _constant(xp: ModuleType, values: Array) -> Array:
+    """The values, without derivatives (those of a scale that cancels)."""
+    return values if xp is np else jax.lax.stop_gradient(values)
 
 
 def _or_one(xp: ModuleType, values: Array) -> Array:

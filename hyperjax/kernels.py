@@ -20,18 +20,18 @@ from jaxtyping import Array, Int
 
 from hyperjax.errors import OutputError
 from hyperjax.files import atomic_path
-from hyperjax.models import GaussianGroup, Normal, Problem
+from hyperjax.models import GaussianGroup, Model, Normal, Problem
 from hyperjax.solver import Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
-_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0), 0, 0, 0))  # type: ignore[arg-type]
+_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0), 0, 0, 0))
 
 
 class _Kind(NamedTuple):
     """What tells one traced program from another: the model, and types and shapes of the data."""
 
-    model: GaussianGroup
+    model: Model
     lanes: int
     devices: int
     double: bool
@@ -40,7 +40,7 @@ class _Kind(NamedTuple):
 
 
 def solve_block(
-    model: GaussianGroup,
+    model: Model,
     lanes: int,
     problems: Problem,
     tolerances: Tolerances,
@@ -63,7 +63,7 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
     fresh = jax.jit(functools.partial(_solve_shares, kind))
     folder = jax.config.jax_compilation_cache_dir
-    if not folder:
+    if not folder or not isinstance(kind.model, GaussianGroup):  # a user's profile may change
         return fresh
     path = Path(folder) / f"hyperjax-{_fingerprint(kind)}.stablehlo"
     if path.is_file():

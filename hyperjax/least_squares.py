@@ -88,7 +88,9 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
         """Evaluate the candidate, keep it if it is better, and propose the next."""
         dtype = state.params.dtype
         tolerances = Tolerances(
-            *(jnp.asarray(tol, dtype) for tol in (self.ftol, self.xtol, self.gtol)),
+            ftol=jnp.asarray(self.ftol, dtype),
+            xtol=jnp.asarray(self.xtol, dtype),
+            gtol=jnp.asarray(self.gtol, dtype),
             max_steps=jnp.asarray(_UNLIMITED, jnp.int32),  # optimistix counts them
         )
         state = advance(_Residuals(fn, args, y), _bounded(y, options), state, tolerances)

@@ -79,9 +79,12 @@ def model_sources(
         separate = separate_backgrounds(data, rms, placed, x, y, fwhm_pix, config)
 
     turn = turns(placed.members, group)
-    fits = None if known is None else _with_new(known, start)
+    before = None if known is None else _with_new(known, start)
     for _ in range(1 if known is None else options.sweeps):
-        fits, backgrounds = _sweep(data, rms, placed, turn, start, fits, separate, fwhm_pix, config)
+        fits, backgrounds = _sweep(
+            data, rms, placed, turn, start, before, separate, fwhm_pix, config
+        )
+        before = fits
     size = np.bincount(group)[group] if len(x) else group
     return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
 
@@ -104,7 +107,7 @@ def _first_guess(
     shift = max(1.0, options.position_range_fwhm * fwhm_pix)
     n = len(found.x)
     above = local_peak(data, found.x, found.y, 1.0) - np.nanmedian(data)
-    highest = _PEAK_HEADROOM * (found.peak + np.maximum(above, 0))
+    highest = _PEAK_HEADROOM * (found.peak + np.fmax(above, 0))
     low, high = sizes.aper_inf * sigma, sizes.aper_sup * sigma
     size = np.full(n, np.clip(_START_SIZE * sigma, low, high))
     start = np.column_stack([found.peak, found.x, found.y, size, size, np.zeros(n)])
@@ -256,7 +259,7 @@ def _sandwich(
     """
     squared = np.where(batch.weight > 0, (batch.weight * noise) ** 2, 0.0)
     middle = fit_groups(batch._replace(weight=squared), FitOptions(max_steps=1)).covariance
-    held = np.diagonal(middle, axis1=1, axis2=2) == 0
+    held = np.asarray(np.diagonal(middle, axis1=1, axis2=2) == 0)
     eye = np.eye(middle.shape[1])
     free = np.where(held[:, :, None], eye, middle)
     broken = ~np.isfinite(free).all(axis=(1, 2))

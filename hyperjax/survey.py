@@ -30,7 +30,8 @@ import numpy as np
 from astropy.table import QTable
 
 from hyperjax.catalog import merge_catalogs
-from hyperjax.config import Config, config_from_dict, load_config, map_paths
+from hyperjax.config import Config
+from hyperjax.config_io import config_from_dict, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.logs import collected, log_file, replay
 from hyperjax.maps import Map, map_name, read_map

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import hyperjax
 from hyperjax import cli, survey
-from hyperjax.config import Config, load_config
+from hyperjax.config import Config
+from hyperjax.config_io import load_config
 from hyperjax.products import write_extraction
 from hyperjax.simulation import Simulation
 
@@ -141,6 +142,7 @@ def test_usage_errors_exit_with_2(args: list[str]) -> None:
 PUBLIC = {
     "Beam",
     "BlankMapError",
+    "BoundedLevenbergMarquardt",
     "Config",
     "ConfigError",
     "Extraction",
@@ -160,6 +162,8 @@ PUBLIC = {
     "__version__",
     "extract",
     "fit_groups",
+    "fit_parameters",
+    "fit_profiles",
     "load_config",
     "read_map",
     "run_hyper",

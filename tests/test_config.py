@@ -12,11 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from hyperjax import config as module
-from hyperjax.config import (
-    NOT_YET,
-    Config,
-    Detection,
+from hyperjax.config import NOT_YET, SWITCH, Config, Detection, all_keys
+from hyperjax.config_io import (
     config_from_dict,
     find_config,
     load_config,
@@ -172,7 +169,7 @@ def test_defaults_are_for_the_best_science() -> None:
     assert config.fit_options.vary is True
     assert config.fit_options.weights == "inverse_rms"
     assert config.fit_options.position_range_fwhm == 0.5
-    assert config.fit_options.group_distance_fwhm == 1.5
+    assert config.fit_options.group_distance_fwhm == 2.5
     assert config.fit_options.window_fwhm == 3.0
     assert config.fit_options.sweeps == 2
     assert config.fit_options.use_l2_regularization is False
@@ -190,7 +187,7 @@ def test_defaults_are_for_the_best_science() -> None:
 
 @pytest.mark.parametrize("key", flat(HYPER))
 def test_a_default_that_is_not_hypers_says_why(key: str) -> None:
-    differs = module._keys()[key].differs
+    differs = all_keys()[key].differs
     ours = flat(Config().model_dump(mode="json"))[key]
     if ours != flat(HYPER)[key]:
         assert differs is not None
@@ -200,12 +197,12 @@ def test_a_default_that_is_not_hypers_says_why(key: str) -> None:
         assert len(differs.why) > 20
 
 
-@pytest.mark.parametrize("key", module._keys())
+@pytest.mark.parametrize("key", all_keys())
 def test_every_key_has_a_meaning_a_unit_and_a_valid_default(key: str) -> None:
-    field = module._keys()[key].field
+    field = all_keys()[key].field
     assert field.description
     assert field.description.endswith(".")
-    allowed = module._keys()[key].allowed
+    allowed = all_keys()[key].allowed
     counted_by_name = key in ("survey.survey_code", "files.hdu")
     if ("number" in allowed or "integer" in allowed) and not counted_by_name:
         assert "[" in field.description, "no unit"
@@ -241,7 +238,7 @@ def test_template_loads_back_to_the_defaults(tmp_path: Path) -> None:
 def test_template_holds_every_key_once_with_its_comment() -> None:
     assert list(flat(yaml.safe_load(template()))) == list(flat(Config().model_dump()))
     plain = " ".join(line.strip().removeprefix("# ") for line in template().splitlines())
-    for key, about in module._keys().items():
+    for key, about in all_keys().items():
         assert str(about.field.description) in plain
         assert f"({about.allowed})" in plain
         if about.differs is not None:
@@ -549,7 +546,7 @@ def refusal(call: Callable[[], Config]) -> str | None:
 
 
 @settings(deadline=None, max_examples=200)
-@given(key=st.sampled_from(sorted(module._keys()) + list(Config.model_fields)), value=_values)
+@given(key=st.sampled_from(sorted(all_keys()) + list(Config.model_fields)), value=_values)
 def test_any_value_is_accepted_or_refused_in_one_line(key: str, value: Any) -> None:
     message = refusal(lambda: config_from_dict(nested(key, value)))
     if message is not None:
@@ -610,7 +607,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
 
 def test_every_key_that_is_not_there_yet_is_tested() -> None:
     assert set(OTHER_THAN_DEFAULT) == set(NOT_YET)
-    assert set(NOT_YET) <= set(module._keys())
+    assert set(NOT_YET) <= set(all_keys())
 
 
 @pytest.mark.parametrize("key", NOT_YET)
@@ -642,10 +639,13 @@ def test_what_is_not_there_yet_is_refused_in_the_class_too() -> None:
         Config(detection=Detection(fixed_peaks=True))
 
 
-@pytest.mark.parametrize(("key", "switch"), module._SWITCH.items())
+@pytest.mark.parametrize(("key", "switch"), SWITCH.items())
 def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) -> None:
     off = flat(Config().model_dump())[switch]
-    options = module._merged(nested(key, OTHER_THAN_DEFAULT[key]), nested(switch, off))
+    options: dict[str, dict[str, Any]] = {}
+    for path, value in ((key, OTHER_THAN_DEFAULT[key]), (switch, off)):
+        section, name = path.split(".")
+        options.setdefault(section, {})[name] = value
     config_from_dict(options)
 
 

@@ -16,14 +16,28 @@ from astropy.coordinates import SkyCoord
 from astropy.stats import mad_std
 from astropy.table import QTable
 from numpy.testing import assert_allclose, assert_array_equal
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
 
-from hyperjax.catalog import COLUMNS
-from hyperjax.config import Config, config_from_dict
+from hyperjax import modelling
+from hyperjax.catalog import COLUMNS, FLAGS
+from hyperjax.config import Config
+from hyperjax.detection import Detections
 from hyperjax.errors import BlankMapError, MapTooSmallError
+from hyperjax.fitting import STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
 from hyperjax.maps import Map, read_map
+from hyperjax.modelling import model_sources
+from hyperjax.photometry import model_flux
 from hyperjax.pipeline import Extraction, extract
-from hyperjax.simulation import Simulated, Simulation, SkySources, simulate, write_simulation
+from hyperjax.simulation import (
+    Simulated,
+    Simulation,
+    SkySources,
+    render,
+    simulate,
+    write_simulation,
+)
+from hyperjax.sources import SourceFits
 
 CASES = {
     "undersampled": Simulation(
@@ -345,7 +359,7 @@ def test_the_same_sky_in_two_projections_has_the_same_fluxes(observe: Observe) -
         flip=True,
         unit="MJy/sr",
     )
-    config = config_from_dict({"detection": {"use_manual_rms": True, "rms_value": 1e-3}})
+    config = Config.model_validate({"detection": {"use_manual_rms": True, "rms_value": 1e-3}})
     first = measure(*observe(options), config)
     second = measure(*observe(other, first.simulated.sources), config)
     for column in ("FLUX_TOTAL", "FLUX_APCOR", "FWHM_1", "FWHM_2", "FLUX_PEAK"):
@@ -376,7 +390,7 @@ def test_a_map_without_sources_gives_an_empty_catalogue(
     config: dict[str, dict[str, object]], observe: Observe
 ) -> None:
     simulated, image = observe(EMPTY)
-    result = extract(image, config_from_dict(config))
+    result = extract(image, Config.model_validate(config))
     assert len(result.catalog) == 0
     assert result.catalog.colnames == [column.name for column in COLUMNS]
     assert not result.model.any()
@@ -386,7 +400,7 @@ def test_a_map_without_sources_gives_an_empty_catalogue(
 
 def test_detection_only_gives_the_peaks_without_fits(field: Measured) -> None:
     image = field.extraction.map
-    found = extract(image, config_from_dict({"control": {"detection_only": True}}))
+    found = extract(image, Config.model_validate({"control": {"detection_only": True}}))
     assert not found.catalog["STATUS"].any()
     assert (found.catalog["POLYN"] == -1).all()
     assert_allclose(found.catalog["FWHM_1"].to_value(u.arcsec), 3.5, rtol=1e-6)
@@ -397,7 +411,7 @@ def test_detection_only_gives_the_peaks_without_fits(field: Measured) -> None:
 
 def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
     manual = {"detection": {"use_manual_rms": True, "rms_value": 2e-3}}
-    result = extract(field.extraction.map, config_from_dict(manual))
+    result = extract(field.extraction.map, Config.model_validate(manual))
     assert_array_equal(result.rms, 2e-3)
     assert_allclose(result.catalog["RMS"].to_value(u.mJy / u.beam), 2.0)
     assert (result.detections.peak >= 5 * 2e-3).all()
@@ -410,7 +424,7 @@ def test_a_map_smaller_than_the_filter_is_refused(observe: Observe) -> None:
     _, image = observe(replace(EMPTY, shape=(14, 200)))
     with pytest.raises(MapTooSmallError, match=r"map\.fits: .*kernel_size_pix"):
         extract(image)
-    smaller = config_from_dict({"detection": {"kernel_size_pix": 13}})
+    smaller = Config.model_validate({"detection": {"kernel_size_pix": 13}})
     assert len(extract(image, smaller).catalog) == 0
 
 
@@ -454,3 +468,274 @@ def test_blank_pixels_stay_blank_and_count_nowhere(observe: Observe) -> None:
         pull = pulls(case, column, "FLUX_TOTAL")
         assert_unbiased(pull)
         assert np.std(pull) < 1.4
+
+
+# --- Scenes of the modelling ---------------------------------------------------------------------
+
+BEAM = 3.5
+SIGMA = BEAM / np.sqrt(8 * np.log(2))
+NO_BACKGROUND = {"background": {"fit_gauss_and_bg_together": False}}
+
+
+class Scene(NamedTuple):
+    """Gaussians (n,) in pixels, and an image of them."""
+
+    peak: NDArray
+    x: NDArray
+    y: NDArray
+    sigma_major: NDArray
+    sigma_minor: NDArray
+    theta: NDArray
+    data: NDArray
+
+    @property
+    def flux(self) -> NDArray:
+        """Integrals over the pixels."""
+        return 2 * np.pi * self.peak * self.sigma_major * self.sigma_minor
+
+
+def scene(
+    shape: tuple[int, int],
+    peak: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
+    size: ArrayLike = 1.1,
+    *,
+    beam: float = BEAM,
+    noise: float = 1.0,
+    seed: int = 0,
+) -> Scene:
+    """Sources of some sizes (in beams) with random ellipticity, in white noise."""
+    rng = np.random.default_rng(seed)
+    peak, x, y, size = (np.array(v, float) for v in np.broadcast_arrays(peak, x, y, size))
+    sigma = size * beam / np.sqrt(8 * np.log(2))
+    stretch, theta = rng.uniform(1.0, 1.1, x.shape), rng.uniform(0, np.pi, x.shape)
+    image = render(shape, x, y, peak, sigma * stretch, sigma / stretch, theta)
+    data = image + noise * rng.standard_normal(shape)
+    return Scene(peak, x, y, sigma * stretch, sigma / stretch, theta, data)
+
+
+def fit(
+    sources: Scene,
+    *,
+    beam: float = BEAM,
+    offset: float = 0.3,
+    rms: float = 1.0,
+    again: bool = True,
+    **config: dict[str, object],
+) -> SourceFits:
+    """Model a scene as an extraction does, from positions that are off by up to `offset` pixels.
+
+    The first fit masks neighbours; what comes out of it is where the second starts (`again`).
+    """
+    options = Config.model_validate(config)
+    rng = np.random.default_rng(9)
+    x, y = (v + rng.uniform(-offset, offset, v.shape) for v in (sources.x, sources.y))
+    peak, level = sources.peak, np.full(len(x), rms)
+    found = Detections(x, y, peak, peak / rms, level, np.zeros(len(x)))
+    noise = np.where(np.isfinite(sources.data), rms, np.nan)
+    fits = model_sources(sources.data, noise, found, beam, options).fits
+    return model_sources(sources.data, noise, found, beam, options, fits).fits if again else fits
+
+
+def flux_pulls(sources: Scene, fits: SourceFits) -> NDArray:
+    """(measured - true) / error of the total fluxes."""
+    flux, error = model_flux(fits)
+    return (flux - sources.flux) / error
+
+
+def on_grid(count: int, spacing: float, seed: int = 1) -> tuple[NDArray, NDArray]:
+    """Positions (count^2,) on a grid, off by up to half a pixel."""
+    shift = np.random.default_rng(seed).uniform(-0.5, 0.5, (2, count**2))
+    x, y = spacing * (np.indices((count, count)).reshape(2, -1) + 0.75) + shift
+    return x, y
+
+
+def companions(distance: float, ratio: float) -> Scene:
+    """Pairs of sources `distance` beams apart; the second of each is `ratio` times as bright."""
+    x, y = on_grid(7, 45.0)
+    angle = np.random.default_rng(2).uniform(0, 2 * np.pi, x.size)
+    x = np.concatenate([x, x + distance * BEAM * np.cos(angle)])
+    y = np.concatenate([y, y + distance * BEAM * np.sin(angle)])
+    return scene((330, 330), np.repeat([30.0, 30.0 * ratio], x.size // 2), x, y)
+
+
+def halves(values: NDArray) -> tuple[NDArray, NDArray]:
+    """Of companions: the fainter ones and the brighter ones."""
+    faint, bright = np.split(values, 2)
+    return faint, bright
+
+
+def test_both_of_a_close_pair_are_unbiased() -> None:
+    """1.2 beams apart: a group of two, fitted jointly."""
+    pairs = companions(1.2, 2.0)
+    fits = fit(pairs)
+    assert (fits.group_size == 2).all()
+    assert (fits.status == 1).all()
+    pull = flux_pulls(pairs, fits)
+    for half in halves(pull):
+        assert_unbiased(half)
+    assert 0.7 < mad_std(pull) < 1.35  # 98 sources: an error of 0.12
+
+
+def test_two_sweeps_take_the_neighbours_outside_the_group_out() -> None:
+    """Companions 2.6 beams away are not linked; those ten times as bright bias the first fit."""
+    pairs = companions(2.6, 10.0)
+    first = flux_pulls(pairs, fit(pairs, again=False))
+    one, two = (flux_pulls(pairs, fit(pairs, fit_options={"sweeps": n})) for n in (1, 2))
+    joint = flux_pulls(pairs, fit(pairs, fit_options={"group_distance_fwhm": 4.0}))
+    assert halves(first)[0].mean() < -3
+    assert abs(halves(one)[1].mean()) > 0.7
+    for half in halves(two):
+        assert_unbiased(half)
+    assert np.abs(two - joint).mean() < 0.5 * np.abs(one - joint).mean()
+
+
+def least_squares_fit(sources: Scene) -> NDArray:
+    """Parameters (6, n) of all sources of a scene at once, by scipy."""
+
+    def residual(values: NDArray) -> NDArray:
+        peak, *others = values.reshape(6, -1)
+        x, y, major, minor, theta = others
+        return (sources.data - render(sources.data.shape, x, y, peak, major, minor, theta)).ravel()
+
+    scale = np.concatenate(
+        [sources.peak, np.ones(4 * len(sources.x)), 0.3 * np.ones_like(sources.x)]
+    )
+    solution = least_squares(residual, np.concatenate(sources[:6]), x_scale=scale, method="lm")
+    return np.asarray(solution.x.reshape(6, -1))
+
+
+def deviations(fits: SourceFits, reference: NDArray) -> NDArray:
+    """Difference (5, n) from reference parameters in units of the error; sizes sorted, no angle."""
+    peak, x, y, *sigmas, _ = reference
+    major, minor = np.sort(sigmas, axis=0)[::-1]
+    error = np.sqrt(np.diagonal(fits.covariance, axis1=1, axis2=2)[:, :5].T)
+    return (np.stack(fits[:5]) - [peak, x, y, major, minor]) / error
+
+
+@pytest.fixture(scope="module")
+def cluster() -> tuple[Scene, NDArray]:
+    """Twenty sources 1.8 beams apart, more than the engine takes at once, and their joint fit."""
+    x, y = np.indices((5, 4)).reshape(2, -1) * 4.5 + 15.0
+    peak = np.random.default_rng(5).uniform(20, 60, 20)
+    sources = scene((43, 48), peak, x, y, beam=2.5)
+    return sources, least_squares_fit(sources)
+
+
+def test_a_group_of_twelve_is_fitted_jointly() -> None:
+    x, y = np.indices((4, 3)).reshape(2, -1) * 3.2 + 14.0
+    peak = np.random.default_rng(4).uniform(20, 60, 12)
+    sources = scene((36, 38), peak, x, y, beam=2.5)
+    fits = fit(sources, beam=2.5, **NO_BACKGROUND)
+    assert (fits.group_size == 12).all()
+    assert np.abs(deviations(fits, least_squares_fit(sources))).max() < 0.02
+
+
+def test_blocks_of_a_large_group_are_close_to_the_joint_fit(
+    cluster: tuple[Scene, NDArray],
+) -> None:
+    sources, joint = cluster
+    fits = fit(sources, beam=2.5, **NO_BACKGROUND)
+    assert (fits.group_size == 20).all()
+    assert np.median(np.abs(deviations(fits, joint))) < 0.1
+    assert np.abs(deviations(fits, joint)).max() < 2
+
+
+def test_blocks_of_a_large_group_converge_to_the_joint_fit(
+    cluster: tuple[Scene, NDArray],
+) -> None:
+    sources, joint = cluster
+    fits = fit(sources, beam=2.5, fit_options={"sweeps": 10}, **NO_BACKGROUND)
+    assert np.abs(deviations(fits, joint)).max() < 0.05
+
+
+def test_positions_stay_where_they_are_if_they_must_not_vary() -> None:
+    x, y = on_grid(4, 30.0)
+    sources = scene((120, 120), 50.0, x, y)
+    fits = fit(sources, offset=0.0, fit_options={"vary": False})
+    assert_array_equal(fits.x, sources.x)
+    assert_array_equal(fits.y, sources.y)
+    assert not fits.covariance[:, 1:3].any()
+    pull = flux_pulls(sources, fits)
+    assert abs(pull.mean()) < 4 / np.sqrt(len(pull))
+
+
+def test_parameters_that_end_on_a_bound_are_flagged() -> None:
+    x, y = on_grid(2, 60.0)
+    sources = scene((120, 120), 50.0, x, y, [1.0, 2.5, 1.0, 1.0], noise=0.01)
+    start = sources._replace(x=sources.x + np.array([0, 0, 2.5, 0]))
+    fits = fit(
+        start,
+        offset=0.0,
+        rms=0.01,
+        fit_options={"position_range_fwhm": 0.1},
+        photometry={"aper_sup": 1.5},
+    )
+    assert fits.flags[0] == fits.flags[3] == 0
+    assert fits.flags[1] & FLAGS.SIZE_ON_BOUND
+    assert fits.sigma_minor[1] == pytest.approx(1.5 * SIGMA)
+    assert fits.flags[2] & FLAGS.POSITION_ON_BOUND
+    assert fits.x[2] == pytest.approx(start.x[2] - 1.0)
+
+
+def test_a_fit_that_runs_out_of_steps_has_failed_and_says_so() -> None:
+    x, y = on_grid(2, 60.0)
+    sources = scene((120, 120), 50.0, x, y)
+    fits = fit(sources, fit_options={"max_nfev": 1, "sweeps": 1})
+    assert not fits.status.any()
+    assert (fits.flags & FLAGS.STEP_LIMIT).all()
+
+
+def test_what_does_not_converge_is_tried_again_within_wider_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second group fails while its bounds are the usual ones."""
+    x, y = on_grid(2, 60.0)
+    sources = scene((120, 120), 50.0, x, y)
+    usual = BEAM / np.sqrt(8 * np.log(2)) * 4  # aper_sup
+
+    def fit_groups_stubbornly(batch: GroupBatch, options: FitOptions) -> FitResult:
+        result = fit_groups(batch, options)
+        middle = batch.start[:, 0, 1] + batch.start[:, 0, 2]
+        stubborn = (middle == middle.max()) & (batch.upper[:, 0, 3] < 1.5 * usual)
+        return result._replace(status=np.where(stubborn, STEP_LIMIT, result.status))
+
+    monkeypatch.setattr(modelling, "fit_groups", fit_groups_stubbornly)
+    fits = fit(sources)
+    assert sorted(fits.status) == [1, 1, 1, 2]
+    pull = flux_pulls(sources, fits)
+    assert np.abs(pull).max() < 4
+
+
+@pytest.mark.parametrize("place", [(0.0, 30.2), (-0.45, 40.0), (30.0, 79.4), (79.3, 79.3)])
+def test_a_source_half_outside_the_map_is_whole_in_the_model(place: tuple[float, float]) -> None:
+    """Without noise its flux is exact, with a quarter of its pixels as with all."""
+    sources = scene((80, 80), 50.0, [place[0]], [place[1]], noise=1e-3)
+    fits = fit(sources, rms=1e-3)
+    assert fits.status == 1
+    assert model_flux(fits)[0] == pytest.approx(sources.flux, rel=2e-3)
+    assert np.abs(flux_pulls(sources, fits)).max() < 4
+
+
+def test_blank_pixels_over_half_a_source_leave_the_flux_unbiased() -> None:
+    x, y = on_grid(7, 30.0)
+    sources = scene((220, 220), 50.0, x, y)
+    for column, row in zip(x, y, strict=True):
+        edge = round(float(column)) + 2
+        sources.data[round(float(row)) - 8 : round(float(row)) + 9, edge : edge + 6] = np.nan
+    pull = flux_pulls(sources, fit(sources))
+    assert abs(pull.mean()) < 4 * pull.std() / 7
+    assert 0.75 < mad_std(pull) < 1.3
+
+
+def test_a_source_without_any_valid_pixel_keeps_its_start() -> None:
+    x, y = on_grid(2, 60.0)
+    sources = scene((120, 120), 50.0, x, y)
+    row, column = round(float(y[1])), round(float(x[1]))
+    sources.data[max(row - 14, 0) : row + 15, max(column - 14, 0) : column + 15] = np.nan
+    fits = fit(sources, offset=0.0)
+    assert fits.status[1] == 0
+    assert fits.x[1] == sources.x[1]
+    assert (np.delete(fits.status, 1) == 1).all()
+    assert np.abs(np.delete(flux_pulls(sources, fits), 1)).max() < 4

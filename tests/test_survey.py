@@ -19,7 +19,8 @@ from astropy.wcs import WCS
 
 from hyperjax import survey
 from hyperjax.catalog import COLUMNS
-from hyperjax.config import Config, config_from_dict
+from hyperjax.config import Config
+from hyperjax.config_io import config_from_dict
 from hyperjax.errors import BlankMapError, MissingFileError, OutputError
 from hyperjax.logs import collected, log_file, replay
 from hyperjax.products import Layout, write_extraction
