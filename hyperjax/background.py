@@ -148,6 +148,7 @@ def separate_backgrounds(
     boxes = windows(placed.members, x, y, max(*margins, 1.0) * fwhm_pix)
     common = boxes._replace(margin=max(options.fix_min_box, _LEAST_COMMON) * fwhm_pix)
     best, score = Backgrounds.empty(len(placed.members)), np.full(len(placed.members), np.inf)
+    best.coefficients[:, 0] = np.nanmedian(image)  # where no box has a pixel
     if len(score) == 0:
         return best
     for margin in margins:
@@ -220,10 +221,11 @@ def _polynomials(
     """Sigma-clipped polynomial fits: coefficients (box, monomial) of boxes (box, ny, nx)."""
     count, ny, nx = pixels.shape
     nothing = np.zeros((count, 1, 6))
-    usable = np.isfinite(pixels) & np.isfinite(noise) & (noise > 0)
-    data, inverse_noise = np.nan_to_num(pixels), 1 / np.where(usable, noise, 1.0)
+    valid = np.isfinite(pixels) & np.isfinite(noise) & (noise > 0)
+    data, inverse_noise = np.nan_to_num(pixels), 1 / np.where(valid, noise, 1.0)
     half, centre = max(ny, nx) / 2, ((nx - 1) / 2, (ny - 1) / 2)
     grid_x, grid_y = np.arange(nx)[None, :], np.arange(ny)[:, None]
+    usable = valid.copy()
     for _ in range(_CLIP_ROUNDS):
         weight = np.where(usable, inverse_noise**2, 0.0)
         batch = GroupBatch(
@@ -237,13 +239,13 @@ def _polynomials(
             order=np.full(count, order),
         )
         coefficients = fit_groups(batch).coefficients[:, : len(powers(order))]
+        coefficients[~valid.any(axis=(1, 2))] = np.nan
         for row, terms in enumerate(coefficients):
-            residual = (data[row] - evaluate(terms, grid_x, grid_y, centre, half)) * inverse_noise[
-                row
-            ]
-            if usable[row].any():
-                spread = mad_std(residual[usable[row]])
-                usable[row] &= np.abs(residual) <= _CLIP_SIGMA * spread
+            model = evaluate(terms, grid_x, grid_y, centre, half)
+            residual = (data[row] - model) * inverse_noise[row]
+            if valid[row].any():
+                middle, spread = np.median(residual[valid[row]]), mad_std(residual[valid[row]])
+                usable[row] = valid[row] & (np.abs(residual - middle) <= _CLIP_SIGMA * spread)
     return coefficients
 
 

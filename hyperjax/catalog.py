@@ -59,6 +59,7 @@ class FLAGS(IntFlag):
     NO_DATA = 2048, "no valid pixel in the aperture"
     ELONGATED = 4096, "axis ratio above 3: may be several sources, or a filament"
     NEGATIVE_FLUX = 8192, "the aperture flux is negative"
+    NOT_FITTED = 16384, "detected only: no fit was asked for"
 
 
 class Column(NamedTuple):
@@ -106,7 +107,7 @@ COLUMNS: tuple[Column, ...] = (
         u.deg,
         f"{_ERR} PA; at most 51.96 = 90/sqrt(3), that of an unknown angle (round sources)",
     ),
-    Column("STATUS", int, None, "Fit: 1 converged, 2 at the second try, 0 failed"),
+    Column("STATUS", int, None, "Fit: 1 converged, 2 at the second try, 0 failed, -1 none"),
     Column("GLON", float, u.deg, "Galactic longitude"),
     Column("GLAT", float, u.deg, "Galactic latitude"),
     Column("RA", float, u.deg, "Right ascension (ICRS)"),
@@ -118,7 +119,12 @@ COLUMNS: tuple[Column, ...] = (
     Column("DEBLEND", int, None, "1 if fitted together with other sources, else 0"),
     Column("CLUSTER", int, None, "Number of sources in the group"),
     Column("SHOULDER_SCORE", float, None, "Asymmetry of the surroundings, relative to the peak"),
-    Column("SNR", float, None, "Signal-to-noise ratio of the detection"),
+    Column(
+        "SNR",
+        float,
+        None,
+        "Peak over scatter of the filtered map (detection)",
+    ),
     Column("RMS", float, _JY_BEAM, "Noise of the map at the source"),
     Column("FLAGS", int, None, "Bits that are explained in the table's metadata"),
     Column("NITER", int, None, "Steps of the fit"),
@@ -390,6 +396,7 @@ def _all_flags(shape: tuple[int, int], fits: SourceFits, apertures: Apertures) -
     """Join the flags of the fit with those that follow from its result: (n,)."""
     conditions = {
         FLAGS.NOT_CONVERGED: fits.status == 0,
+        FLAGS.NOT_FITTED: fits.status == -1,
         FLAGS.SECOND_TRY: fits.status == 2,
         FLAGS.NEAR_EDGE: _distance_to_edge(shape, fits) < FWHM_PER_SIGMA * fits.sigma_major,
         FLAGS.BLANK_PIXELS: apertures.blank_fraction > 0,

@@ -78,9 +78,9 @@ _BLANK_COLOUR = "#909090"
 class _Images(NamedTuple):
     """The images of the three panels, (ny, nx) mJy/beam above the level of the background."""
 
-    map: NDArray[np.float64]
-    model: NDArray[np.float64]
-    residual: NDArray[np.float64]
+    map: NDArray[np.float32]
+    model: NDArray[np.float32]
+    residual: NDArray[np.float32]
     level: float
     noise: float
 
@@ -141,13 +141,15 @@ def save_figure(figure: Figure, path: Path) -> None:
 def _panel_images(extraction: Extraction) -> _Images:
     ny, nx = extraction.map.shape
     block = -(-ny // _PANEL_PIXELS), -(-nx // _PANEL_PIXELS)
-    data = _MJY_PER_JY * block_mean(extraction.map.data, block)
-    residual = _MJY_PER_JY * block_mean(extraction.residual, block)
     coarse = np.s_[:: block[0], :: block[1]]
-    level = _MJY_PER_JY * _median(extraction.background[coarse])
-    noise = _MJY_PER_JY * _median(extraction.rms[coarse])
+    level, noise = (_median(image[coarse]) for image in (extraction.background, extraction.rms))
+    data = block_mean(extraction.map.data, block) - level
+    residual = block_mean(extraction.residual, block)
     # data - residual is the model with its background
-    return _Images(data - level, data - residual - level, residual, level, noise)
+    shown = (
+        (_MJY_PER_JY * image).astype(np.float32) for image in (data, data - residual, residual)
+    )
+    return _Images(*shown, _MJY_PER_JY * level, _MJY_PER_JY * noise)
 
 
 def _median(values: NDArray[np.float64]) -> float:
@@ -253,7 +255,7 @@ def _label_sky(axes: WCSAxes, map: Map, *, bottom: bool, left: bool) -> None:
 
 
 def _draw_image(
-    axes: WCSAxes, image: NDArray[np.float64], shape: tuple[int, int], norm: AsinhNorm
+    axes: WCSAxes, image: NDArray[np.float32], shape: tuple[int, int], norm: AsinhNorm
 ) -> None:
     """Draw an image, averaged or not, over the pixels of a map of the given shape."""
     rows, columns = shape[0] // image.shape[0], shape[1] // image.shape[1]

@@ -6,8 +6,6 @@ to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/s
 same steps), solved in persistent lanes on every device, and brought back with its covariance.
 """
 
-import os
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,7 +33,6 @@ __all__ = [
     "FitOptions",
     "FitResult",
     "GroupBatch",
-    "configure_runtime",
     "fit_groups",
 ]
 
@@ -145,34 +142,6 @@ class Scale(NamedTuple):
     offset: Float[Array, " group"]
     unit: Float[Array, " group"]
     weight: Float[Array, " group"]
-
-
-def configure_runtime(cpu_devices: int | None = None, cache: Path | None = None) -> None:
-    """Set jax up for a process of its own; call it before the first computation.
-
-    One process uses all cores: each is a device of jax's, and the fits are divided over the
-    devices. XLA's thread pool (the environment variable NPROC) is made larger than the number of
-    devices: where a device's own thread waits for others of a full pool, it waits for ever.
-
-    Parameters
-    ----------
-    cpu_devices
-        Devices that the processor is divided into, one per core unless given.
-    cache
-        Folder of the persistent compilation cache; `hyperjax` in the user's cache folder unless
-        given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.
-    """
-    from platformdirs import user_cache_dir
-
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
-        cache or Path(user_cache_dir("hyperjax")) / "jax"
-    )
-    devices = cpu_devices or len(os.sched_getaffinity(0))
-    os.environ.setdefault("NPROC", str(2 * devices))
-    jax.config.update("jax_num_cpu_devices", devices)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -509,7 +478,18 @@ def _covariance(
     solution: Solution,
 ) -> Array:
     """Covariance (group, P, P) in pixel units: J inv(H) J^T over the free parameters."""
-    matrix = solution.normal.matrix
+    inverse = inverse_over_free(xp, solution.normal.matrix, free)
+    slopes = _slopes(xp, grid, scale.unit, sources)
+    covariance = _sandwich(xp, slopes, scale.unit, inverse)
+    return covariance / (scale.weight * scale.unit**2)[:, None, None]
+
+
+def inverse_over_free(xp: ModuleType, matrix: Array, free: Array) -> Array:
+    """Inverses (group, P, P) of matrices over their free parameters.
+
+    0 for what is held; NaN for what is free but without any effect (the position of a source of
+    peak 0), which leaves the other parameters alone.
+    """
     diagonal = xp.diagonal(matrix, axis1=1, axis2=2)
     used = free & (diagonal > 0)
     root = xp.where(used, 1 / xp.sqrt(xp.where(used, diagonal, 1)), 0)
@@ -517,10 +497,8 @@ def _covariance(
     scaled = matrix * root[:, :, None] * root[:, None, :] + eye * ~used[:, :, None]
     inverse = xp.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
     inverse = inverse * root[:, :, None] * root[:, None, :]
-    inverse = xp.where((free & ~used).any(1)[:, None, None], np.nan, inverse)
-    slopes = _slopes(xp, grid, scale.unit, sources)
-    covariance = _sandwich(xp, slopes, scale.unit, inverse)
-    return covariance / (scale.weight * scale.unit**2)[:, None, None]
+    idle = free & ~used
+    return xp.where(idle[:, :, None] | idle[:, None, :], np.nan, inverse)
 
 
 def _slopes(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:

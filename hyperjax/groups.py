@@ -20,7 +20,9 @@ SLOTS = (1, 3, 8, 16)
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sides that windows are enlarged to, pixels."""
 
-_RARE = 32  # blocks that are too few to compile a fit for
+_CLUSTERED = 200  # largest group whose clusters are looked for; that takes n^2 distances
+_COMPILATION = 4e6
+"""Cost of compiling one more kind of fit, in units of pixels times rows of products of a fit."""
 
 
 class Windows(NamedTuple):
@@ -82,6 +84,11 @@ def _cut(
 ) -> list[NDArray[np.int_]]:
     if len(members) <= SLOTS[-1]:
         return [members]
+    if len(members) > _CLUSTERED:
+        along = max((x[members], y[members]), key=np.ptp)
+        ranked = members[np.argsort(along, kind="stable")]
+        half_way = len(ranked) // 2
+        return _cut(ranked[:half_way], x, y) + _cut(ranked[half_way:], x, y)
     tree = linkage(np.column_stack([x[members], y[members]]), "average")
     half = fcluster(tree, 2, "maxclust")
     return _cut(members[half == 1], x, y) + _cut(members[half == 2], x, y)
@@ -123,18 +130,25 @@ def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:
 def _without_rare_kinds(
     side: NDArray[np.int_], slots: NDArray[np.int_]
 ) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-    """Put what few blocks have with the next larger kind of window and slots, if there is one.
+    """Put what few blocks have with a larger kind of window and slots, if there is one.
 
-    A larger fit costs less than a compilation.
+    Only where the larger fits cost less than a compilation.
     """
     side, slots = side.copy(), slots.copy()
     for kind in sorted(set(zip(slots.tolist(), side.tolist(), strict=True))):
         same = (slots == kind[0]) & (side == kind[1])
-        larger = (slots >= kind[0]) & (side >= kind[1]) & ~same
-        if same.sum() < _RARE and larger.any():
-            target = min(zip(slots[larger].tolist(), side[larger].tolist(), strict=True))
-            slots[same], side[same] = target
+        larger = np.flatnonzero((slots >= kind[0]) & (side >= kind[1]) & ~same)
+        if larger.size:
+            cost = _cost(side[larger], slots[larger])
+            best = larger[np.argmin(cost)]
+            if same.sum() * cost.min() < _COMPILATION:
+                slots[same], side[same] = slots[best], side[best]
     return side, slots
+
+
+def _cost(side: NDArray[np.int_], slots: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Pixels times rows (products of sources with each other, the weights and the residual)."""
+    return side**2 * (slots * (slots + 1) // 2 + 2 * slots + 1)
 
 
 def cut_out(

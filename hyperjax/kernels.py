@@ -25,6 +25,7 @@ from hyperjax.solver import Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
+_DIGEST = hashlib.sha256().digest_size
 _SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0), 0, 0, 0))
 
 
@@ -63,12 +64,12 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
     fresh = jax.jit(functools.partial(_solve_shares, kind))
     folder = jax.config.jax_compilation_cache_dir
-    if not folder or not isinstance(kind.model, GaussianGroup):  # a user's profile may change
+    may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
+    if may_change or not folder or "://" in folder:
         return fresh
     path = Path(folder) / f"hyperjax-{_fingerprint(kind)}.stablehlo"
-    if path.is_file():
-        exported = export.deserialize(bytearray(path.read_bytes()))
-    else:
+    exported = _kept(path)
+    if exported is None:
         exported = export.export(fresh)(*kind.arguments)
         _keep(exported, path)
     each, same = (NamedSharding(_mesh(kind.devices), spec) for spec in _specs())
@@ -102,11 +103,23 @@ def _specs() -> tuple[PartitionSpec, PartitionSpec]:
     return PartitionSpec("group"), PartitionSpec()
 
 
+def _kept(path: Path) -> export.Exported | None:
+    """A traced program that was kept; None where there is none, or a damaged one."""
+    if not path.is_file():
+        return None
+    digest, program = path.read_bytes()[:_DIGEST], path.read_bytes()[_DIGEST:]
+    if hashlib.sha256(program).digest() != digest:
+        logger.debug("%s: damaged, made again", path)
+        return None
+    return export.deserialize(bytearray(program))
+
+
 def _keep(exported: export.Exported, path: Path) -> None:
     """Write a traced program; a folder that cannot be written to only costs time."""
+    program = bytes(exported.serialize())
     try:
         with atomic_path(path) as temporary:
-            temporary.write_bytes(exported.serialize())
+            temporary.write_bytes(hashlib.sha256(program).digest() + program)
     except OutputError as error:
         logger.debug("traced fit not kept: %s", error)
 

@@ -76,7 +76,8 @@ def model_sources(
     start = _first_guess(data, found, fwhm_pix, config)
     separate = None
     if config.background.fit_gauss_and_bg_separately:
-        separate = separate_backgrounds(data, rms, placed, x, y, fwhm_pix, config)
+        remainder = data if known is None else data - render_sources(data.shape, known)
+        separate = separate_backgrounds(remainder, rms, placed, x, y, fwhm_pix, config)
 
     turn = turns(placed.members, group)
     before = None if known is None else _with_new(known, start)
@@ -258,11 +259,16 @@ def _sandwich(
     inverse of the covariance that one step there returns.
     """
     squared = np.where(batch.weight > 0, (batch.weight * noise) ** 2, 0.0)
-    middle = fit_groups(batch._replace(weight=squared), FitOptions(max_steps=1)).covariance
+    here = batch._replace(
+        weight=squared,
+        lower=np.minimum(batch.lower, batch.start),
+        upper=np.maximum(batch.upper, batch.start),
+    )
+    middle = fit_groups(here, FitOptions(max_steps=1)).covariance
     held = np.asarray(np.diagonal(middle, axis1=1, axis2=2) == 0)
     eye = np.eye(middle.shape[1])
     free = np.where(held[:, :, None], eye, middle)
-    broken = ~np.isfinite(free).all(axis=(1, 2))
+    broken = np.asarray(~np.isfinite(free).all(axis=(1, 2)))
     inverse = np.linalg.inv(np.where(broken[:, None, None], eye, free))
     inverse[broken] = np.nan
     return np.asarray(result.covariance @ (inverse * ~held[:, :, None]) @ result.covariance)
@@ -472,14 +478,15 @@ def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
 
 
 def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:
-    """Sources of the size of the beam at the detected peaks, without any fit (status 0)."""
-    n, sigma = len(found.x), fwhm_pix / FWHM_PER_SIGMA
+    """Positions and peaks as detected, without a shape (status -1)."""
+    n = len(found.x)
     group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
-    size = np.full(n, sigma)
-    params = (found.peak, found.x, found.y, size, size, np.zeros(n))
+    unknown = np.full(n, np.nan)
+    params = (found.peak, found.x, found.y, unknown, unknown, unknown)
     return _empty_fits(n)._replace(
         **dict(zip(SourceFits._fields[:6], params, strict=True)),
         group=group,
         group_size=np.bincount(group)[group] if n else group,
         order=np.full(n, -1),
+        status=np.full(n, -1),
     )

@@ -114,7 +114,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     with _timed(seconds, "catalogue"):
         order = np.argsort(-found.peak, kind="stable")
         found = Detections(*(column[order] for column in found))
-        found = found._replace(rms=np.full(len(order), rms), snr=found.peak / rms)
+        found = found._replace(rms=np.full(len(order), rms))
         catalog = build_catalog(
             map,
             fits.take(order),

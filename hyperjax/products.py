@@ -15,11 +15,10 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ import numpy as np
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.table import QTable, Table
+from regions import EllipseSkyRegion, PointSkyRegion, Regions
 
 from hyperjax.files import write_together
 
@@ -52,9 +52,7 @@ _TABLE_FORMATS = {".ecsv": "ascii.ecsv", ".txt": "ascii.ipac", ".csv": "ascii.cs
 _IPAC_LINE = 78  # characters in a comment of an IPAC header
 
 # DS9 regions: positions and angles in degrees, to a few nanoarcseconds; semi-axes in arcseconds
-_CROSS = "point({:.12f},{:.12f}) # point=cross"
-_LABELLED_CROSS = _CROSS + " text={{{}}}"
-_ELLIPSE = 'ellipse({:.12f},{:.12f},{:.10g}",{:.10g}",{:.9f})'
+_REGION_DECIMALS = 12  # of a degree: regions of a 0.01 arcsec beam keep seven digits
 
 _Writer = Callable[[Path], object]
 
@@ -294,16 +292,16 @@ def centroid_regions(catalog: QTable, frame: str) -> str:
     frame : str
         One of `DS9_FRAMES`.
     """
-    located = catalog[_is_located(catalog)]
-    return _ds9(frame, _lines(_CROSS, *_lon_lat(located, frame)))
+    rows = catalog[_is_located(catalog)]
+    return _ds9([_cross(position) for position in _positions(rows, frame)], frame)
 
 
 def ellipse_regions(catalog: QTable, frame: str) -> str:
     """Return DS9 regions of the fitted shapes: FWHM ellipses, and crosses with the HYPER_ID.
 
-    The full axes of an ellipse are the source's FWHMs; DS9 has semi-axes, so half of them are
-    written, in arcseconds. DS9 measures the angle of the first axis from West through North, i.e.
-    it is the position angle in the region's own frame less 90 degrees.
+    The full axes of an ellipse are the source's FWHMs (DS9 writes semi-axes, so half of them).
+    DS9 and `regions` measure the angle of the first axis from West through North, i.e. it is the
+    position angle in the region's own frame less 90 degrees.
 
     Parameters
     ----------
@@ -315,13 +313,15 @@ def ellipse_regions(catalog: QTable, frame: str) -> str:
     """
     located = catalog[_is_located(catalog)]
     shaped = located[has_shape(located)]
-    semi_axes = (shaped[name].to_value(u.arcsec) / 2 for name in ("FWHM_1", "FWHM_2"))
-    angle = position_angles(shaped, frame).to_value(u.deg) - 90
-    return _ds9(
-        frame,
-        _lines(_ELLIPSE, *_lon_lat(shaped, frame), *semi_axes, angle),
-        _lines(_LABELLED_CROSS, *_lon_lat(located, frame), located["HYPER_ID"]),
-    )
+    angle = position_angles(shaped, frame) - 90 * u.deg
+    ellipses = [
+        EllipseSkyRegion(*row)
+        for row in zip(
+            _positions(shaped, frame), shaped["FWHM_1"], shaped["FWHM_2"], angle, strict=True
+        )
+    ]
+    crosses = map(_cross, _positions(located, frame), located["HYPER_ID"])
+    return _ds9([*ellipses, *crosses], frame)
 
 
 def position_angles(catalog: QTable, frame: str) -> Quantity:
@@ -368,19 +368,15 @@ def _positions(catalog: QTable, frame: str) -> SkyCoord:
     return SkyCoord(catalog["RA"], catalog["DEC"], frame="icrs").transform_to(frame)
 
 
-def _lon_lat(catalog: QTable, frame: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return longitudes and latitudes in a frame, degrees."""
-    position = _positions(catalog, frame).spherical
-    return position.lon.deg, position.lat.deg
+def _cross(position: SkyCoord, label: object = None) -> PointSkyRegion:
+    meta = {} if label is None else {"text": str(label)}
+    return PointSkyRegion(position, meta=meta, visual={"marker": "+"})
 
 
-def _lines(form: str, *columns: NDArray[Any]) -> Iterator[str]:
-    """Fill in a form for each row."""
-    return starmap(form.format, zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _ds9(frame: str, *regions: Iterable[str]) -> str:
-    return "\n".join(["# Region file format: DS9", frame, *chain(*regions), ""])
+def _ds9(regions: list[EllipseSkyRegion | PointSkyRegion], frame: str) -> str:
+    if not regions:
+        return f"# Region file format: DS9\n{frame}\n"
+    return Regions(regions).serialize(format="ds9", precision=_REGION_DECIMALS)
 
 
 def image_hdu(map: Map, image: NDArray[np.float64], kind: str) -> fits.PrimaryHDU:

@@ -12,7 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hyperjax.errors import FitInputError
-from hyperjax.fitting import FitOptions, FitResult, GroupBatch, solve_blocks
+from hyperjax.fitting import (
+    FitOptions,
+    FitResult,
+    GroupBatch,
+    inverse_over_free,
+    solve_blocks,
+)
 from hyperjax.models import LOSSES, Grid, Problem, ProfileGroup, monomials
 from hyperjax.solver import Solution
 
@@ -179,14 +185,14 @@ def _to_result(
     return FitResult(
         params=np.where(batch.present[..., None], sources(solution.params), batch.start),
         coefficients=coefficients,
-        covariance=_covariance(solution.normal.matrix, problems.free)[:, own][:, :, own],
+        covariance=inverse_over_free(np, solution.normal.matrix, problems.free)[:, own][:, :, own],
         cost=solution.normal.cost,
         chi2_red=chi2 / np.maximum(pixels - freedom, 1),
         bic=n * np.log(np.maximum(chi2, np.finfo(chi2.dtype).tiny) / n) + freedom * np.log(n),
         nmse=chi2 / np.where(deviation > 0, deviation, 1),
         steps=solution.steps,
         status=solution.status,
-        on_bound=sources(solution.on_bound),
+        on_bound=sources(np.asarray(solution.on_bound)),
     )
 
 
@@ -196,15 +202,3 @@ def _deviation(problems: Problem) -> np.ndarray:
     total = np.sum(share, 1, keepdims=True)
     mean = np.sum(share * problems.data, 1, keepdims=True) / np.where(total > 0, total, 1)
     return problems.data - mean
-
-
-def _covariance(matrix: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Inverse (group, P, P) of the Gauss-Newton matrix over the free parameters, 0 elsewhere."""
-    diagonal = np.diagonal(matrix, axis1=1, axis2=2)
-    used = free & (diagonal > 0)
-    root = np.where(used, 1 / np.sqrt(np.where(used, diagonal, 1)), 0)
-    eye = np.eye(matrix.shape[-1], dtype=matrix.dtype)
-    scaled = matrix * root[:, :, None] * root[:, None, :] + eye * ~used[:, :, None]
-    inverse = np.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
-    inverse = inverse * root[:, :, None] * root[:, None, :]
-    return np.where((free & ~used).any(1)[:, None, None], np.nan, inverse)

@@ -36,7 +36,7 @@ class SourceFits(NamedTuple):
     niter
         (n,) evaluations of the model.
     status
-        (n,) 1 converged, 2 converged at the second try with wider bounds, 0 failed.
+        (n,) 1 converged, 2 converged at the second try with wider bounds, 0 failed, -1 not fitted.
     flags
         (n,) bits of `hyperjax.catalog.FLAGS`.
     """

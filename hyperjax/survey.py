@@ -36,6 +36,7 @@ from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.logs import collected, log_file, replay
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
+from hyperjax.runtime import configure_runtime, usable_cores
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -264,7 +265,7 @@ def run(
     _refuse_unwritable(layout)
     names = _unique_names(maps, config)
     workers = min(jobs, len(names))
-    cores = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
+    cores = max(1, usable_cores() // workers) if workers > 1 else None
     tasks = [
         _Task(path, name, index, config, layout, log_level, cores)
         for index, (path, name) in enumerate(names.items())
@@ -420,8 +421,6 @@ def _read(task: _Task) -> Map:
 @functools.cache
 def _extractor(cores: int | None) -> "Callable[[Map, Config], Extraction]":
     """Import the pipeline, and JAX with it, where a map is to be worked on and only there."""
-    from hyperjax.fitting import configure_runtime
-
     configure_runtime(cores)
 
     from hyperjax.pipeline import extract

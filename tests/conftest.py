@@ -2,7 +2,7 @@
 
 import os
 
-from hyperjax.fitting import configure_runtime
+from hyperjax.runtime import configure_runtime
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 configure_runtime()

@@ -16,7 +16,8 @@ sys.meta_path.insert(0, Blocker())
 import jax
 import numpy as np
 import hyperjax.solver, hyperjax.models
-from hyperjax.fitting import GroupBatch, configure_runtime, fit_groups
+from hyperjax.fitting import GroupBatch, fit_groups
+from hyperjax.runtime import configure_runtime
 from pathlib import Path
 
 compiled = []

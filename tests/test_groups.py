@@ -99,11 +99,13 @@ def test_blocks_hold_every_source_once_and_no_more_than_the_engine_takes(
             assert sum(label in group[block] for block in members) == 1
 
 
-def test_a_group_of_thirty_is_cut_across_its_longer_extent() -> None:
-    x, y = scattered(30, 40.0)
-    y /= 100
-    members = blocks(np.zeros(30, int), x, y)
-    assert sorted(len(block) for block in members) == [7, 7, 8, 8]
+@pytest.mark.parametrize("count", [30, 1000])
+def test_a_large_group_is_cut_across_its_longer_extent(count: int) -> None:
+    x, y = scattered(count, 40.0 * count)
+    y /= 1000 * count
+    members = blocks(np.zeros(count, int), x, y)
+    assert max(len(block) for block in members) <= SLOTS[-1]
+    assert_array_equal(np.sort(np.concatenate(members)), np.arange(count))
     reach = sorted((x[block].min(), x[block].max()) for block in members)
     assert all(before[1] < after[0] for before, after in pairwise(reach))
 
@@ -161,9 +163,18 @@ def pairs(separation: NDArray) -> tuple[list[NDArray], NDArray, NDArray]:
 
 
 def test_few_blocks_of_a_side_get_the_next_larger_one_that_is_in_use() -> None:
-    """Forty pairs need 24 pixels, three need 32, and one 48: 32 is too rare to be compiled."""
-    placed = windows(*pairs(np.repeat([1.0, 8.0, 20.0], [40, 3, 1])), 10.0)
-    assert_array_equal(placed.side, np.repeat([24, 48], [40, 4]))
+    """Many pairs need 24 pixels, three need 32, and one 48: 32 is too rare to be compiled."""
+    placed = windows(*pairs(np.repeat([1.0, 8.0, 20.0], [400, 3, 1])), 10.0)
+    assert_array_equal(placed.side, np.repeat([24, 48], [400, 4]))
+
+
+def test_few_blocks_do_not_get_windows_that_cost_more_than_a_compilation() -> None:
+    """Twenty single sources beside one chain of a dozen, which needs a far larger window."""
+    chain = np.arange(12)
+    x = np.concatenate([8.0 * chain, 1000 + 100.0 * np.arange(20)])
+    placed = windows([chain, *([i] for i in range(12, 32))], x, np.zeros(32), 10.0)
+    assert (placed.side[1:] < placed.side[0]).all()
+    assert (placed.slots[1:] == 1).all()
 
 
 def test_few_blocks_of_a_size_get_the_slots_of_the_next_larger_one_that_is_in_use() -> None:
