@@ -146,10 +146,17 @@ def _panel_images(extraction: Extraction) -> _Images:
     data = block_mean(extraction.map.data, block) - level
     residual = block_mean(extraction.residual, block)
     # data - residual is the model with its background
-    shown = (
-        (_MJY_PER_JY * image).astype(np.float32) for image in (data, data - residual, residual)
+    return _Images(
+        _in_mjy(data),
+        _in_mjy(data - residual),
+        _in_mjy(residual),
+        _MJY_PER_JY * level,
+        _MJY_PER_JY * noise,
     )
-    return _Images(*shown, _MJY_PER_JY * level, _MJY_PER_JY * noise)
+
+
+def _in_mjy(image: NDArray[np.float64]) -> NDArray[np.float32]:
+    return (_MJY_PER_JY * image).astype(np.float32)
 
 
 def _median(values: NDArray[np.float64]) -> float:

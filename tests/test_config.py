@@ -178,7 +178,7 @@ def test_defaults_are_for_the_best_science() -> None:
     assert config.fit_options.f_scale == 1.0
     assert config.background.fit_gauss_and_bg_separately is False
     assert config.background.fit_gauss_and_bg_together is True
-    assert config.background.polynomial_orders == (1,)
+    assert config.background.polynomial_orders == (0, 1, 2)
     assert config.noise.model == "white"
     assert config.units.convert_mJy is True
     assert config.survey.survey_code == 15

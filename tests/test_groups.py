@@ -19,6 +19,7 @@ from hyperjax.groups import (
     cut_out,
     link,
     overlap,
+    turns,
     windows,
     within_reach,
 )
@@ -108,6 +109,27 @@ def test_a_large_group_is_cut_across_its_longer_extent(count: int) -> None:
     assert_array_equal(np.sort(np.concatenate(members)), np.arange(count))
     reach = sorted((x[block].min(), x[block].max()) for block in members)
     assert all(before[1] < after[0] for before, after in pairwise(reach))
+
+
+def test_a_large_group_is_cut_at_its_widest_gaps() -> None:
+    """Three rows of ten, further from each other than their own sources."""
+    x, y = (values.ravel() for values in np.meshgrid(np.arange(10.0), [0.0, 40.0, 80.0]))
+    members = blocks(np.zeros(30, int), x, y)
+    rows = np.arange(30).reshape(3, 10).tolist()
+    assert sorted(sorted(block.tolist()) for block in members) == rows
+
+
+def test_the_blocks_of_a_group_are_fitted_in_turns() -> None:
+    """Those of different groups at the same time."""
+    x, y = scattered(60, 40.0)
+    group = np.repeat([0, 1, 2], [40, 2, 18])
+    members = blocks(group, x, y)
+    turn = turns(members, group)
+    for label in range(3):
+        own = [t for t, block in zip(turn, members, strict=True) if group[block[0]] == label]
+        assert sorted(own) == list(range(len(own)))
+    assert turn.max() >= 2
+    assert turns([], np.zeros(0, int)).shape == (0,)
 
 
 # --- windows -------------------------------------------------------------------------------------
