@@ -395,4 +395,7 @@ def test_comparison_lives_with_missing_errors(measured, tmp_path):
     for name in ("FLUX_TOTAL_ERR", "RA_ERR", "DEC_ERR"):
         catalog[name][:] = np.nan
     catalog["FLUX_TOTAL"][0] = np.nan
-    save_figure(comparison(catalog, truth, matches), tmp_path / "a.png")
+    figure = comparison(catalog, truth, matches)
+    save_figure(figure, tmp_path / "a.png")
+    assert " sources recovered" in figure.get_suptitle()
+    assert (tmp_path / "a.png").stat().st_size > 0
