@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from hyperjax.config import Config
 from hyperjax.fitting import GroupBatch, fit_groups
-from hyperjax.groups import Windows, buckets, cut_out, overlap, windows, within_reach
+from hyperjax.groups import (
+    Windows,
+    block_of,
+    buckets,
+    cut_out,
+    members_of,
+    overlap,
+    windows,
+    within_reach,
+)
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.sources import SourceFits
 
@@ -68,18 +77,13 @@ class Backgrounds(NamedTuple):
 
     def images(self, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
         """Backgrounds (block, side, side) on the windows of blocks of one bucket."""
-        grid = np.arange(int(placed.side[which[0]]))
-        return np.stack(
-            [
-                self.at(
-                    placed,
-                    block,
-                    grid[None, :] + placed.x0[block],
-                    grid[:, None] + placed.y0[block],
-                )
-                for block in which
-            ]
-        )
+        side = int(placed.side[which[0]])
+        coordinate = (np.arange(side) + 0.5) / (side / 2) - 1
+        rising = coordinate ** np.arange(MAX_ORDER + 1)[:, None]
+        of_x, of_y = powers(MAX_ORDER).T
+        table = np.zeros((len(which), len(rising), len(rising)))
+        table[:, of_y, of_x] = self.coefficients[which]
+        return np.asarray(rising.T @ table @ rising)
 
 
 def level_at(
@@ -88,9 +92,7 @@ def level_at(
     """The background (n,) under each source, from that of its block."""
     if len(x) == 0:
         return np.zeros(0)
-    block = np.empty(len(x), int)
-    for index, members in enumerate(placed.members):
-        block[members] = index
+    block = block_of(placed)
     half = placed.side[block] / 2
     u = (x - placed.x0[block] + 0.5) / half - 1
     v = (y - placed.y0[block] + 0.5) / half - 1
@@ -111,19 +113,28 @@ def mosaic(
     """
     out = smooth.copy()
     nearest = np.full(smooth.shape, np.inf)
-    grid = np.arange(int(placed.side.max())) if len(placed.side) else np.zeros(0, int)
-    for block, members in enumerate(placed.members):
-        side, x0, y0 = int(placed.side[block]), int(placed.x0[block]), int(placed.y0[block])
-        here, there = overlap(x0, y0, side, smooth.shape)
-        x, y = grid[None, :side] + x0, grid[:side, None] + y0
-        distance = np.min(
-            [np.hypot(x - fits.x[source], y - fits.y[source]) for source in members], axis=0
-        )[here]
+    for which in buckets(placed).values():
+        distance = _distances(placed, which, fits)
         fade = np.clip((1 - distance / placed.margin) / (1 - _TAPER), 0, 1)
-        image = smooth[there] + fade * (backgrounds.at(placed, block, x, y)[here] - smooth[there])
-        mine = distance < nearest[there]
-        out[there] = np.where(mine, image, out[there])
-        nearest[there] = np.minimum(distance, nearest[there])
+        images = backgrounds.images(placed, which)
+        for row, block in enumerate(which):
+            corner = int(placed.x0[block]), int(placed.y0[block])
+            here, there = overlap(*corner, images.shape[1], smooth.shape)
+            mine = distance[row][here] < nearest[there]
+            faded = fade[row][here] * (images[row][here] - smooth[there])
+            out[there] = np.where(mine, smooth[there] + faded, out[there])
+            nearest[there] = np.where(mine, distance[row][here], nearest[there])
+    return out
+
+
+def _distances(placed: Windows, which: NDArray[np.int_], fits: SourceFits) -> NDArray[np.float64]:
+    """Distance of the pixels (block, side, side) from the nearest of their block's sources."""
+    side, own = int(placed.side[which[0]]), members_of(placed, which)
+    corner, grid = which[own.row], np.arange(side)
+    dx = grid + (placed.x0[corner] - fits.x[own.source])[:, None]
+    dy = grid + (placed.y0[corner] - fits.y[own.source])[:, None]
+    out = np.full((len(which), side, side), np.inf)
+    np.minimum.at(out, own.row, np.hypot(dx[:, None, :], dy[:, :, None]))
     return out
 
 

@@ -6,6 +6,7 @@ to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/s
 same steps), solved in persistent lanes on every device, and brought back with its covariance.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
-from hyperjax.kernels import solve_block
+from hyperjax.kernels import solve_shares
 from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, monomials
 from hyperjax.solver import (
     CONVERGED,
@@ -40,7 +41,9 @@ PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
 _ORDERS = (2, 4)  # that code is compiled for; lower ones hold coefficients at 0
-_BLOCKS = (64, 512, 4096)  # problems per call: few sizes, so few compilations
+_BLOCKS = (512, 4096)  # problems per call: few sizes, so few compilations
+_BLOCK_BYTES = 256_000_000  # of data and weights in one call; at least a device's lanes go in
+_DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
 
@@ -112,7 +115,8 @@ class FitResult(NamedTuple):
         the group's order.
     covariance
         (group, P, P) of the sources' parameters and then the coefficients: the inverse of the
-        Gauss-Newton matrix at the optimum; 0 for what was held, NaN where it is singular.
+        Gauss-Newton matrix at the optimum, for a robust loss times the spread of the residuals
+        (`models.misfit`); 0 for what was held, NaN where it is singular.
     cost
         (group,) half the weighted sum of squared residuals (of the loss).
     chi2_red, bic, nmse
@@ -170,23 +174,39 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     _, ny, nx = batch.data.shape
     highest = next(order for order in _ORDERS if batch.order.max() <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
-    problems, scale = to_problems(np, model, batch, options)
-    solution = solve_blocks(model, problems, options)
-    return to_results(np, model, batch, scale, problems, solution)
+
+    def fit(piece: GroupBatch) -> FitResult:
+        problems, scale = to_problems(np, model, piece, options)
+        return to_results(np, model, piece, scale, problems, solve_block(model, problems, options))
+
+    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype)[-1])
 
 
-def solve_blocks(model: Model, problems: Problem, options: FitOptions) -> Solution:
-    """Solve any number of problems (leading axis, numpy), a block at a time, on all devices."""
+def in_pieces(fit: Callable[[Any], FitResult], batch: Any, size: int) -> FitResult:
+    """Fit `size` groups of the batch at a time, so that little more than the batch is in memory."""
+    pieces = range(0, len(batch.data), size)
+    fits = [fit(type(batch)(*(leaf[i : i + size] for leaf in batch))) for i in pieces]
+    return FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
+
+
+def solve_block(model: Model, problems: Problem, options: FitOptions) -> Solution:
+    """Solve at most the largest of the `block_sizes` problems, on all devices."""
     dtype = problems.data.dtype
-    tolerances = tolerances_of(options, dtype)
-    devices, lanes = len(jax.local_devices()), lanes_for(model, dtype)
-    solutions = []
-    for first in range(0, len(problems.data), _BLOCKS[-1]):
-        piece = jax.tree.map(lambda leaf: leaf[first : first + _BLOCKS[-1]], problems)  # noqa: B023
-        counts = np.bincount(np.arange(len(piece.data)) % devices, minlength=devices)
-        solved = solve_block(model, lanes, _dealt(piece, devices), tolerances, counts)
-        solutions.append(_gathered(solved, devices, len(piece.data)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *solutions)
+    count, devices = len(problems.data), len(jax.local_devices())
+    size = next(size for size in block_sizes(model, dtype) if size >= count)
+    counts = np.bincount(np.arange(count) % devices, minlength=devices)
+    dealt = _dealt(problems, devices, -(-size // devices))
+    solved = solve_shares(
+        model, lanes_for(model, dtype), dealt, tolerances_of(options, dtype), counts
+    )
+    return _gathered(solved, devices, count)
+
+
+def block_sizes(model: Model, dtype: Any) -> tuple[int, ...]:
+    """Numbers of problems that are solved in one call: few, so that there are few compilations."""
+    ny, nx = model.grid.shape
+    most = max(_BLOCK_BYTES // (2 * ny * nx * np.dtype(dtype).itemsize), 1)
+    return tuple(size for size in _BLOCKS if size <= most) or (2 ** int(np.log2(most)),)
 
 
 def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
@@ -253,23 +273,24 @@ def _check_values(batch: GroupBatch) -> None:
 
 
 def lanes_for(model: Model, dtype: Any) -> int:
-    """Lanes whose working set (rows of products over the pixels) fits the cache of a core."""
-    if jax.default_backend() != "cpu":
-        return _BLOCKS[-1]
+    """Lanes whose working set (rows of products over the pixels) fits the cache of a core.
+
+    A device that is not a processor gets all that fit its memory.
+    """
     ny, nx = model.grid.shape
     rows = model.slots * (model.slots + 1) // 2 + 2 * model.slots + 1
-    lanes = _LANE_BYTES // (rows * ny * nx * np.dtype(dtype).itemsize)
-    return int(np.clip(2 ** int(np.log2(max(lanes, 1))), 4, 64))
+    lane = rows * ny * nx * np.dtype(dtype).itemsize
+    on_cpu = jax.default_backend() == "cpu"
+    room, most = (_LANE_BYTES, 64) if on_cpu else (_DEVICE_BYTES, _BLOCKS[-1])
+    return int(np.clip(2 ** int(np.log2(max(room // lane, 1))), 1, most))
 
 
-def _dealt(problems: Problem, devices: int) -> Problem:
-    """The problems dealt out to the devices in turn, padded to one of few sizes.
+def _dealt(problems: Problem, devices: int, share: int) -> Problem:
+    """The problems dealt out to the devices in turn.
 
     The leading axis holds the first device's share, then the second's; padding is at the end of
     each share.
     """
-    size = len(problems.data)
-    share = -(-next(block for block in _BLOCKS if size <= block) // devices)
 
     def deal(leaf: np.ndarray) -> np.ndarray:
         out = np.zeros((devices, share, *leaf.shape[1:]), leaf.dtype)
@@ -281,13 +302,16 @@ def _dealt(problems: Problem, devices: int) -> Problem:
     return jax.tree.map(deal, problems)
 
 
-def _gathered(solution: Solution, devices: int, size: int) -> Solution:
-    """Undo `_dealt`: the first `size` solutions, in the order of the problems."""
+def _gathered(solution: Solution, devices: int, count: int) -> Solution:
+    """Undo `_dealt`: the first `count` solutions, in the order of the problems."""
 
     def gather(leaf: Array) -> np.ndarray:
-        array = np.asarray(leaf)
-        shares = array.reshape(devices, -1, *array.shape[1:])
-        return np.moveaxis(shares, 0, 1).reshape(array.shape)[:size]
+        out = np.empty((count, *leaf.shape[1:]), leaf.dtype)
+        shares = np.split(np.asarray(leaf), devices)
+        for device, share in enumerate(shares):
+            mine = out[device::devices]
+            mine[:] = share[: len(mine)]
+        return out
 
     return jax.tree.map(gather, solution)
 
@@ -365,7 +389,8 @@ def to_results(
     return FitResult(
         params=params,
         coefficients=coefficients,
-        covariance=_covariance(xp, model.grid, scale, problems.free, sources, solution),
+        covariance=_inverse_matrix(xp, model.grid, scale, problems.free, sources, solution)
+        * (1 / noise if model.loss == "linear" else solution.normal.spread)[:, None, None],
         cost=solution.normal.cost * noise,
         chi2_red=chi2 / xp.maximum(pixels - freedom, 1),
         bic=n * xp.log(xp.maximum(chi2, tiny) / n) + freedom * xp.log(n),
@@ -469,7 +494,7 @@ def _bounds(
     return xp.stack(columns, -1)
 
 
-def _covariance(
+def _inverse_matrix(
     xp: ModuleType,
     grid: Grid,
     scale: Scale,
@@ -477,11 +502,9 @@ def _covariance(
     sources: Array,
     solution: Solution,
 ) -> Array:
-    """Covariance (group, P, P) in pixel units: J inv(H) J^T over the free parameters."""
+    """S inv(H) S^T (group, P, P) over the free parameters, with S the slopes of pixel units."""
     inverse = inverse_over_free(xp, solution.normal.matrix, free)
-    slopes = _slopes(xp, grid, scale.unit, sources)
-    covariance = _sandwich(xp, slopes, scale.unit, inverse)
-    return covariance / (scale.weight * scale.unit**2)[:, None, None]
+    return _propagated(xp, _slopes(xp, grid, scale.unit, sources), scale.unit, inverse)
 
 
 def inverse_over_free(xp: ModuleType, matrix: Array, free: Array) -> Array:
@@ -525,7 +548,7 @@ def _slopes(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
     return xp.stack([xp.stack(row, -1) for row in rows], -2)
 
 
-def _sandwich(xp: ModuleType, slopes: Array, unit: Array, inverse: Array) -> Array:
+def _propagated(xp: ModuleType, slopes: Array, unit: Array, inverse: Array) -> Array:
     """S C S^T for the block-diagonal S of the sources' `slopes` and the coefficients' `unit`."""
     count, slots = slopes.shape[:2]
     size, ends = inverse.shape[-1], slots * SHAPE

@@ -21,7 +21,7 @@ SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sides that windows are enlarged to, pixels."""
 
 _CLUSTERED = 200  # largest group whose clusters are looked for; that takes n^2 distances
-_COMPILATION = 4e6
+_COMPILATION = 1e6
 """Cost of compiling one more kind of fit, in units of pixels times rows of products of a fit."""
 
 
@@ -122,6 +122,29 @@ def buckets(
     }
 
 
+class Members(NamedTuple):
+    """Sources of some blocks, one entry each: the block's row among them, its slot, the source."""
+
+    row: NDArray[np.int_]
+    slot: NDArray[np.int_]
+    source: NDArray[np.int_]
+
+
+def members_of(placed: Windows, which: NDArray[np.int_]) -> Members:
+    """All sources of some blocks."""
+    members = [placed.members[block] for block in which]
+    count = np.array([len(m) for m in members], int)
+    slot = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    source = np.concatenate(members) if members else np.zeros(0, int)
+    return Members(np.repeat(np.arange(len(which)), count), slot, source)
+
+
+def block_of(placed: Windows) -> NDArray[np.int_]:
+    """The block (n,) of each source."""
+    every = members_of(placed, np.arange(len(placed.members)))
+    return every.row[np.argsort(every.source)]
+
+
 def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:
     """The number of sources that each block is padded to."""
     return np.array(SLOTS)[np.searchsorted(SLOTS, [len(m) for m in members])]
@@ -186,11 +209,11 @@ def within_reach(
 ) -> NDArray[np.bool_]:
     """Pixels (block, side, side) within `reach` of one of the block's own sources."""
     side = int(placed.side[which[0]])
-    grid = np.arange(side)
+    own, grid = members_of(placed, which), np.arange(side)
+    corner = which[own.row]
+    dx = grid + (placed.x0[corner] - x[own.source])[:, None]
+    dy = grid + (placed.y0[corner] - y[own.source])[:, None]
+    near = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= reach**2
     out = np.zeros((len(which), side, side), bool)
-    for mask, block in zip(out, which, strict=True):
-        for source in placed.members[block]:
-            dx = grid[None, :] + placed.x0[block] - x[source]
-            dy = grid[:, None] + placed.y0[block] - y[source]
-            mask |= dx**2 + dy**2 <= reach**2
+    np.logical_or.at(out, own.row, near)
     return out

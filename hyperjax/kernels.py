@@ -26,7 +26,7 @@ from hyperjax.solver import Solution, Tolerances, solve_lanes
 logger = logging.getLogger(__name__)
 
 _DIGEST = hashlib.sha256().digest_size
-_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0), 0, 0, 0))
+_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0, 0), 0, 0, 0))
 
 
 class _Kind(NamedTuple):
@@ -40,14 +40,14 @@ class _Kind(NamedTuple):
     structure: Any
 
 
-def solve_block(
+def solve_shares(
     model: Model,
     lanes: int,
     problems: Problem,
     tolerances: Tolerances,
     counts: Int[Array, " device"],
 ) -> Solution:
-    """Solve a block of problems whose leading axis is divided over the devices.
+    """Solve problems whose leading axis is divided over the devices.
 
     The first `counts[d]` of device d's share are solved (`solver.solve_lanes`).
     """
@@ -62,7 +62,7 @@ def solve_block(
 @functools.cache
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
-    fresh = jax.jit(functools.partial(_solve_shares, kind))
+    fresh = jax.jit(functools.partial(_solve_each, kind))
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
     if may_change or not folder or "://" in folder:
@@ -77,7 +77,7 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     return jax.jit(exported.call, in_shardings=shardings)
 
 
-def _solve_shares(kind: _Kind, *leaves: Array) -> list[Array]:
+def _solve_each(kind: _Kind, *leaves: Array) -> list[Array]:
     """Solve each device's share on that device."""
 
     def solve(share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]) -> Solution:

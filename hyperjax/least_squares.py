@@ -6,6 +6,7 @@ One problem at a time, with an automatic Jacobian::
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -129,6 +130,7 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
         return y, aux, {"cost": state.normal.cost}
 
 
+@dataclass(frozen=True, eq=False)
 class _Residuals(Objective):
     """Half the sum of squares of `fn(y, args)`, a PyTree of the structure of `example`."""
 
@@ -151,7 +153,9 @@ class _Residuals(Objective):
         residual, push = jax.linearize(flat, params)
         jacobian = jax.vmap(push, out_axes=1)(jnp.eye(params.size, dtype=params.dtype))
         chi2 = jnp.sum(residual**2)
-        return Normal(0.5 * chi2, chi2, jacobian.T @ residual, jacobian.T @ jacobian)
+        return Normal(
+            0.5 * chi2, chi2, jnp.zeros_like(chi2), jacobian.T @ residual, jacobian.T @ jacobian
+        )
 
 
 def _bounded(y: PyTree, options: dict[str, Any]) -> Problem:

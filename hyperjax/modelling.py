@@ -15,10 +15,20 @@ from hyperjax.catalog import FLAGS
 from hyperjax.config import Config
 from hyperjax.detection import Detections, local_peak
 from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
-from hyperjax.groups import Windows, blocks, buckets, cut_out, link, turns, windows, within_reach
+from hyperjax.groups import (
+    Windows,
+    block_of,
+    blocks,
+    buckets,
+    cut_out,
+    link,
+    members_of,
+    turns,
+    windows,
+    within_reach,
+)
 from hyperjax.maps import FWHM_PER_SIGMA
-from hyperjax.photometry import render_sources
-from hyperjax.sources import SourceFits
+from hyperjax.sources import SourceFits, render_sources, stamps
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +77,8 @@ def model_sources(
         The sections fit_options, background and photometry are read.
     known
         Fits, from an earlier call, of the first of the sources `found`. Without them there is one
-        sweep, with neighbours masked, else `fit_options.sweeps`, with neighbours subtracted.
+        quick sweep, with neighbours masked and the highest order of the background alone, else
+        `fit_options.sweeps`, with neighbours subtracted. The first of these compares the orders.
     """
     options = config.fit_options
     x, y = found.x, found.y
@@ -81,19 +92,33 @@ def model_sources(
 
     turn = turns(placed.members, group)
     before = None if known is None else _with_new(known, start)
+    orders = _candidate_orders(len(placed.members), config)
+    if known is None:
+        orders = orders.max(axis=1, keepdims=True)
     for _ in range(1 if known is None else options.sweeps):
         fits, backgrounds = _sweep(
-            data, rms, placed, turn, start, before, separate, fwhm_pix, config
+            data, rms, placed, turn, orders, start, before, separate, fwhm_pix, config
         )
-        before = fits
+        before, orders = fits, backgrounds.orders[:, None]
+    if separate is not None:
+        fits, backgrounds = _with_separate(fits, backgrounds, separate, placed)
+    level = level_at(placed, backgrounds, fits.x, fits.y)
+    fits = fits._replace(background=level)
     size = np.bincount(group)[group] if len(x) else group
     return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
+
+
+def _candidate_orders(count: int, config: Config) -> NDArray[np.int_]:
+    """The orders (block, candidate) of the polynomial that is fitted with the sources."""
+    background = config.background
+    orders = background.polynomial_orders if background.fit_gauss_and_bg_together else (-1,)
+    return np.tile(np.array(orders, int), (count, 1))
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
     """Known sources, and after them new ones as they are before any fit."""
     new = start.start[len(known.x) :]
-    fits = _empty_fits(len(start.start))
+    fits = SourceFits.unknown(len(start.start))
     for column, before, guess in zip(fits[:6], known[:6], new.T, strict=True):
         column[:] = np.concatenate([before, guess])
     return fits
@@ -136,6 +161,7 @@ def _sweep(
     rms: NDArray[np.float64],
     placed: Windows,
     turn: NDArray[np.int_],
+    orders: NDArray[np.int_],
     start: _Start,
     last: SourceFits | None,
     separate: Backgrounds | None,
@@ -144,10 +170,12 @@ def _sweep(
 ) -> tuple[SourceFits, Backgrounds]:
     """Fit all blocks once, with what is known of the others (`last`) subtracted.
 
+    Of the `orders` (block, candidate) of the background that are tried the best one is kept.
+
     Blocks of one group overlap: each sees what came out of those whose turn was before. All at
     once, they would run away from each other.
     """
-    fits, backgrounds = _empty_fits(len(start.start)), Backgrounds.empty(len(placed.members))
+    fits, backgrounds = SourceFits.unknown(len(start.start)), Backgrounds.empty(len(placed.members))
     if last is not None:
         fits = last = last.take(np.arange(len(last.x)))  # a copy, which changes turn by turn
     for now in range(np.max(turn, initial=-1) + 1):
@@ -160,20 +188,23 @@ def _sweep(
                 image = image - separate.images(placed, which)
             weight = _weights(image, noise, usable, config.fit_options.weights)
             batch = _batch(image, weight, placed, which, slots, start, last)
-            result, order, second = _best_fit(batch, config)
+            result, order, second = _best_fit(batch, orders[which], config)
             if config.fit_options.weights != "inverse_rms":
                 batch = batch._replace(start=result.params, order=order)
                 result = result._replace(covariance=_sandwich(batch, result, noise))
             _store(fits, result, order, second, placed, which)
             backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
             backgrounds.orders[which] = order
-    if separate is not None:
-        total_order = np.maximum(backgrounds.orders, separate.orders)
-        backgrounds = Backgrounds(backgrounds.coefficients + separate.coefficients, total_order)
-        for block, members in enumerate(placed.members):
-            fits.order[members] = total_order[block]
-    level = level_at(placed, backgrounds, fits.x, fits.y)
-    return fits._replace(background=level), backgrounds
+    return fits, backgrounds
+
+
+def _with_separate(
+    fits: SourceFits, backgrounds: Backgrounds, separate: Backgrounds, placed: Windows
+) -> tuple[SourceFits, Backgrounds]:
+    """The backgrounds fitted with the sources and those fitted before them, added up."""
+    highest = np.maximum(backgrounds.orders, separate.orders)
+    total = Backgrounds(backgrounds.coefficients + separate.coefficients, highest)
+    return fits._replace(order=highest[block_of(placed)]), total
 
 
 def _window_data(
@@ -192,18 +223,9 @@ def _window_data(
 
 def _own_sources(fits: SourceFits, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
     """The sources of each block alone (block, side, side)."""
-    side = int(placed.side[which[0]])
-    grid, out = np.arange(side), np.zeros((len(which), side, side))
-    for slot in range(max(len(placed.members[block]) for block in which)):
-        rows = [row for row, block in enumerate(which) if len(placed.members[block]) > slot]
-        blocks = which[rows]
-        source = np.array([placed.members[block][slot] for block in blocks])
-        dx = (grid + placed.x0[blocks, None] - fits.x[source, None])[:, None, :]
-        dy = (grid + placed.y0[blocks, None] - fits.y[source, None])[:, :, None]
-        cos, sin = (f(fits.theta[source])[:, None, None] for f in (np.cos, np.sin))
-        u = (dx * cos + dy * sin) / fits.sigma_major[source, None, None]
-        v = (dy * cos - dx * sin) / fits.sigma_minor[source, None, None]
-        out[rows] += fits.peak[source, None, None] * np.exp(-0.5 * (u**2 + v**2))
+    side, own = int(placed.side[which[0]]), members_of(placed, which)
+    corner, out = which[own.row], np.zeros((len(which), side, side))
+    np.add.at(out, own.row, stamps(fits, own.source, placed.x0[corner], placed.y0[corner], side))
     return out
 
 
@@ -221,7 +243,7 @@ def _usable(
     usable = np.isfinite(image) & np.isfinite(noise) & (noise > 0)
     usable &= within_reach(placed, which, x, y, placed.margin)
     if mask_others:
-        usable &= ~_near_others(placed, which, x, y, _MASK_FWHM * fwhm_pix)
+        usable &= ~_near_neighbours(placed, which, x, y, _MASK_FWHM * fwhm_pix)
     return usable
 
 
@@ -274,7 +296,7 @@ def _sandwich(
     return np.asarray(result.covariance @ (inverse * ~held[:, :, None]) @ result.covariance)
 
 
-def _near_others(
+def _near_neighbours(
     placed: Windows,
     which: NDArray[np.int_],
     x: NDArray[np.float64],
@@ -322,23 +344,24 @@ def _batch(
     last: SourceFits | None,
 ) -> GroupBatch:
     """Pad the blocks to the bucket's slots."""
-    shape = (len(which), slots, 6)
-    arrays = {name: np.zeros(shape) for name in ("start", "lower", "upper")}
+    own, shape = members_of(placed, which), (len(which), slots, 6)
+    corner = np.zeros((len(own.row), 6))
+    corner[:, 1], corner[:, 2] = placed.x0[which[own.row]], placed.y0[which[own.row]]
+
+    def padded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        out = np.zeros(shape)
+        out[own.row, own.slot] = values[own.source] - corner
+        return out
+
     free, present = np.zeros(shape, bool), np.zeros(shape[:2], bool)
-    current = start.start if last is None else _as_params(last)
-    for row, block in enumerate(which):
-        members = placed.members[block]
-        corner = np.array([0, placed.x0[block], placed.y0[block], 0, 0, 0])
-        count = len(members)
-        arrays["start"][row, :count] = current[members] - corner
-        arrays["lower"][row, :count] = start.lower[members] - corner
-        arrays["upper"][row, :count] = start.upper[members] - corner
-        free[row, :count] = start.free[members]
-        present[row, :count] = True
+    free[own.row, own.slot] = start.free[own.source]
+    present[own.row, own.slot] = True
     return GroupBatch(
-        np.nan_to_num(image),
-        weight,
-        **arrays,
+        data=np.nan_to_num(image),
+        weight=weight,
+        start=padded(start.start if last is None else _as_params(last)),
+        lower=padded(start.lower),
+        upper=padded(start.upper),
         free=free,
         present=present,
         order=np.zeros(len(which)),
@@ -346,22 +369,19 @@ def _batch(
 
 
 def _best_fit(
-    batch: GroupBatch, config: Config
+    batch: GroupBatch, orders: NDArray[np.int_], config: Config
 ) -> tuple[FitResult, NDArray[np.int_], NDArray[np.bool_]]:
-    """The best background order of each group, with a second try for fits that failed.
+    """The best of some background orders of each group, with a second try for fits that failed.
 
-    Every order is one more problem of the batch. Returns the fits, the orders, and which fits
-    needed the second try.
+    Every order (group, candidate) is one more problem of the batch. Returns the fits, the orders,
+    and which fits needed the second try.
     """
-    background = config.background
-    orders = background.polynomial_orders if background.fit_gauss_and_bg_together else (-1,)
-    count = len(batch.data)
-    candidates = GroupBatch(*(np.concatenate([leaf] * len(orders)) for leaf in batch))
-    candidates = candidates._replace(order=np.repeat(orders, count))
+    count, tried = orders.shape
+    candidates = GroupBatch(*(np.concatenate([leaf] * tried) for leaf in batch))
+    candidates = candidates._replace(order=orders.T.ravel())
     result = fit_groups(candidates, _fit_options(config))
     result, repeated = _second_try(candidates, result, config)
-    criterion = _criterion(result, config).reshape(len(orders), count)
-    best = np.argmin(criterion, axis=0)
+    best = np.argmin(_criterion(result, config).reshape(tried, count), axis=0)
     chosen = best * count + np.arange(count)
     return (
         FitResult(*(leaf[chosen] for leaf in result)),
@@ -415,25 +435,14 @@ def _fit_options(config: Config) -> FitOptions:
 
 
 def _criterion(result: FitResult, config: Config) -> NDArray[np.float64]:
+    """What the best order has least of; a fit that failed is never the best of several."""
     values = {"nmse": result.nmse, "redchi": result.chi2_red, "bic": result.bic}
-    return np.asarray(values[config.fit_options.min_method])
+    value = values[config.fit_options.min_method]
+    return np.where((result.status == CONVERGED) & np.isfinite(value), value, np.inf)
 
 
 def _as_params(fits: SourceFits) -> NDArray[np.float64]:
     return np.column_stack(fits[:6])
-
-
-def _empty_fits(n: int) -> SourceFits:
-    floats = {
-        name: np.full(n, np.nan)
-        for name in SourceFits._fields
-        if name not in ("covariance", "group", "group_size", "order", "niter", "status", "flags")
-    }
-    integers = {
-        name: np.zeros(n, int)
-        for name in ("group", "group_size", "order", "niter", "status", "flags")
-    }
-    return SourceFits(**floats, **integers, covariance=np.full((n, 6, 6), np.nan))
 
 
 def _store(
@@ -445,27 +454,22 @@ def _store(
     which: NDArray[np.int_],
 ) -> None:
     """Put the results of a bucket's blocks in the places of their sources."""
-    for row, block in enumerate(which):
-        members = placed.members[block]
-        count = len(members)
-        params = result.params[row, :count]
-        for column, values in zip(fits[:6], params.T, strict=True):
-            column[members] = values
-        fits.x[members] += placed.x0[block]
-        fits.y[members] += placed.y0[block]
-        for slot, member in enumerate(members):
-            own = slice(6 * slot, 6 * slot + 6)
-            fits.covariance[member] = result.covariance[row, own, own]
-        converged = result.status[row] == CONVERGED
-        fits.order[members] = order[row]
-        fits.nmse[members] = result.nmse[row]
-        fits.chi2_red[members] = result.chi2_red[row]
-        fits.bic[members] = result.bic[row]
-        fits.niter[members] = result.steps[row]
-        fits.status[members] = (2 if second[row] else 1) if converged else 0
-        fits.flags[members] = _bound_flags(result.on_bound[row, :count])
-        if result.status[row] == STEP_LIMIT:
-            fits.flags[members] |= FLAGS.STEP_LIMIT
+    row, slot, source = members_of(placed, which)
+    for column, values in zip(fits[:6], result.params[row, slot].T, strict=True):
+        column[source] = values
+    fits.x[source] += placed.x0[which[row]]
+    fits.y[source] += placed.y0[which[row]]
+    own = 6 * slot[:, None] + np.arange(6)
+    fits.covariance[source] = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
+    fits.order[source] = order[row]
+    fits.nmse[source] = result.nmse[row]
+    fits.chi2_red[source] = result.chi2_red[row]
+    fits.bic[source] = result.bic[row]
+    fits.niter[source] = result.steps[row]
+    converged = result.status[row] == CONVERGED
+    fits.status[source] = np.where(converged, np.where(second[row], 2, 1), 0)
+    out_of_steps = FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
+    fits.flags[source] = _bound_flags(result.on_bound[row, slot]) | out_of_steps
 
 
 def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
@@ -483,7 +487,7 @@ def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:
     group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
     unknown = np.full(n, np.nan)
     params = (found.peak, found.x, found.y, unknown, unknown, unknown)
-    return _empty_fits(n)._replace(
+    return SourceFits.unknown(n)._replace(
         **dict(zip(SourceFits._fields[:6], params, strict=True)),
         group=group,
         group_size=np.bincount(group)[group] if n else group,

@@ -16,9 +16,9 @@ Both work on one group; the solver maps them over many. Coordinates are those of
 
 import abc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,10 +37,11 @@ def monomials(degree: int) -> list[tuple[int, int]]:
     return [(total - b, b) for total in range(degree + 1) for b in range(total + 1)]
 
 
-class Grid(eqx.Module):
+@dataclass(frozen=True)
+class Grid:
     """The pixel centres of a cutout of `shape` (ny, nx), scaled to [-1, 1] on its longer side."""
 
-    shape: tuple[int, int] = eqx.field(static=True)
+    shape: tuple[int, int]
 
     @property
     def half(self) -> float:
@@ -95,15 +96,31 @@ class Problem(NamedTuple):
 
 
 class Normal(NamedTuple):
-    """Cost, its gradient and its Gauss-Newton matrix, and the sum of squared weighted residuals.
+    """Cost, its gradient and its Gauss-Newton matrix, and what the covariance needs.
 
-    The cost is half that sum, for the linear loss and without penalty.
+    `chi2` is the sum of the squared weighted residuals: twice the cost, for the linear loss and
+    without penalty. `spread` times the inverse of the matrix is the covariance of the parameters
+    for a robust loss; it is 0 for the linear one, where the weights tell the noise.
     """
 
     cost: Float[Array, ""]
     chi2: Float[Array, ""]
+    spread: Float[Array, ""]
     gradient: Float[Array, " P"]
     matrix: Float[Array, "P P"]
+
+
+class Misfit(NamedTuple):
+    """What the residuals of a model come to: see `Normal`.
+
+    `pull` and `curvature` (pixel,) are the pixels' factors in the gradient and in the matrix.
+    """
+
+    cost: Float[Array, ""]
+    chi2: Float[Array, ""]
+    spread: Float[Array, ""]
+    pull: Float[Array, " pixel"]
+    curvature: Float[Array, " pixel"]
 
 
 class Chart(NamedTuple):
@@ -127,8 +144,7 @@ def robust(
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"], Float[Array, "*any"]]:
     """Loss rho(z) of z = (residual / f_scale)^2, weight rho' and curvature rho' + 2 z rho''.
 
-    The losses are those of `scipy.optimize.least_squares` (Triggs et al. 2000, for the curvature,
-    kept positive).
+    The losses are those of `scipy.optimize.least_squares`.
     """
     if loss == "linear":
         return z, jnp.ones_like(z), jnp.ones_like(z)
@@ -138,19 +154,14 @@ def robust(
     if loss == "huber":
         root = jnp.sqrt(jnp.maximum(z, 1))
         inside = z <= 1
-        weight = 1 / root
-        return (
-            jnp.where(inside, z, 2 * root - 1),
-            weight,
-            jnp.where(inside, 1, _LOWER_FLOOR * weight),
-        )
+        return jnp.where(inside, z, 2 * root - 1), 1 / root, jnp.where(inside, 1.0, 0.0)
     if loss == "cauchy":
         weight = 1 / (1 + z)
-        return jnp.log1p(z), weight, jnp.maximum((1 - z) * weight**2, _LOWER_FLOOR * weight)
+        return jnp.log1p(z), weight, (1 - z) * weight**2
     raise ValueError(f"loss: {loss!r} is not one of {', '.join(LOSSES)}")
 
 
-class Objective(eqx.Module):
+class Objective(abc.ABC):
     """What the solver minimises: a cost through its normal equations, over bounds.
 
     `chart` and `retract` say in which local coordinates the bounds are a box; without a say of its
@@ -195,10 +206,10 @@ class Objective(eqx.Module):
 class Model(Objective):
     """A group of `slots` sources on a `grid`, over a polynomial of `order` (-1: none)."""
 
-    grid: eqx.AbstractVar[Grid]
-    slots: eqx.AbstractVar[int]
-    order: eqx.AbstractVar[int]
-    loss: eqx.AbstractVar[str]
+    grid: Grid
+    slots: int
+    order: int
+    loss: str
 
     @property
     @abc.abstractmethod
@@ -217,7 +228,7 @@ class Model(Objective):
     def cost(self, params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
         """The cost alone, with derivatives of any order."""
         residual = problem.weight * (problem.data - self.image(params))
-        return _weighted(self.loss, residual, problem)[0] + _penalty(params, problem)
+        return misfit(self.loss, residual, problem).cost + _penalty(params, problem)
 
     def background(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The polynomial alone on the pixels."""
@@ -229,15 +240,28 @@ class Model(Objective):
         return params[:count].reshape(self.slots, self.per_source)
 
 
-def _weighted(
-    loss: str, residual: Float[Array, " pixel"], problem: Problem
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " pixel"], Float[Array, " pixel"]]:
-    """Cost and sum of squares of the residuals, and the pixels' factors in gradient and matrix."""
+def misfit(loss: str, residual: Float[Array, " pixel"], problem: Problem) -> Misfit:
+    """Cost and sum of squares of weighted residuals, and the pixels' factors.
+
+    Where a robust loss is concave its curvature is kept positive, so that the matrix is (Triggs et
+    al. 2000, LNCS 1883, 298). `spread` comes from the covariance of an M-estimator with independent
+    residuals r, sum(psi^2) / (n - p) / mean(psi')^2 inv(J^T W J) with psi = rho' r (Huber 1981,
+    Robust Statistics, section 7.6), and from the matrix being mean(curvature) J^T W J on average.
+    """
     chi2 = jnp.sum(residual**2)
     if loss == "linear":
-        return 0.5 * chi2, chi2, jnp.ones_like(residual), jnp.ones_like(residual)
-    rho, weight, curvature = robust(loss, (residual / problem.f_scale) ** 2)
-    return 0.5 * problem.f_scale**2 * jnp.sum(rho), chi2, weight, curvature
+        one = jnp.ones_like(residual)
+        return Misfit(0.5 * chi2, chi2, jnp.zeros_like(chi2), one, one)
+    rho, weight, slope = robust(loss, (residual / problem.f_scale) ** 2)
+    curvature = jnp.maximum(slope, _LOWER_FLOOR * weight)
+    valid = problem.weight > 0
+    pixels = jnp.sum(valid)
+    freedom = jnp.maximum(pixels - jnp.sum(problem.free), 1)
+    rigidity = jnp.sum(jnp.where(valid, slope, 0)) / pixels
+    stiffness = jnp.sum(jnp.where(valid, curvature, 0)) / pixels
+    spread = jnp.sum((weight * residual) ** 2) / freedom * stiffness / rigidity**2
+    cost = 0.5 * problem.f_scale**2 * jnp.sum(rho)
+    return Misfit(cost, chi2, spread, weight, curvature)
 
 
 def _penalty(params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
@@ -250,11 +274,13 @@ def _add_ridge(normal: Normal, params: Float[Array, " P"], problem: Problem) -> 
     return Normal(
         normal.cost + _penalty(params, problem),
         normal.chi2,
+        normal.spread,
         normal.gradient + problem.ridge * params,
         normal.matrix + jnp.diag(problem.ridge),
     )
 
 
+@dataclass(frozen=True)
 class ProfileGroup(Model):
     """Sources of any differentiable `profile(x, y, parameters) -> brightness`.
 
@@ -263,11 +289,11 @@ class ProfileGroup(Model):
     """
 
     grid: Grid
-    profile: Callable[[Array, Array, Array], Array] = eqx.field(static=True)
-    profile_size: int = eqx.field(static=True)
-    slots: int = eqx.field(static=True)
-    order: int = eqx.field(static=True)
-    loss: str = eqx.field(static=True, default="linear")
+    profile: Callable[[Array, Array, Array], Array]
+    profile_size: int
+    slots: int
+    order: int
+    loss: str = "linear"
 
     @property
     def per_source(self) -> int:
@@ -285,10 +311,11 @@ class ProfileGroup(Model):
         image = self.image(params)
         jacobian = problem.weight[:, None] * jax.jacfwd(self.image)(params)
         residual = problem.weight * (problem.data - image)
-        cost, chi2, weight, curvature = _weighted(self.loss, residual, problem)
-        gradient = -jacobian.T @ (weight * residual)
-        matrix = jacobian.T @ (curvature[:, None] * jacobian)
-        return _add_ridge(Normal(cost, chi2, gradient, matrix), params, problem)
+        told = misfit(self.loss, residual, problem)
+        gradient = -jacobian.T @ (told.pull * residual)
+        matrix = jacobian.T @ (told.curvature[:, None] * jacobian)
+        normal = Normal(told.cost, told.chi2, told.spread, gradient, matrix)
+        return _add_ridge(normal, params, problem)
 
 
 def precision(shape: Float[Array, " 3"]) -> Float[Array, " 3"]:
@@ -367,6 +394,7 @@ def moffat(
     return source[0] * jnp.exp(-jnp.exp(source[6]) * jnp.log1p(q))
 
 
+@dataclass(frozen=True)
 class GaussianGroup(Model):
     """Elliptical Gaussians over a polynomial, fitted through pixel moments.
 
@@ -375,9 +403,9 @@ class GaussianGroup(Model):
     """
 
     grid: Grid
-    slots: int = eqx.field(static=True)
-    order: int = eqx.field(static=True)
-    loss: str = eqx.field(static=True, default="linear")
+    slots: int
+    order: int
+    loss: str = "linear"
 
     @property
     def per_source(self) -> int:
@@ -411,9 +439,9 @@ class GaussianGroup(Model):
         model = jnp.sum(sources[:, :1] * unit, 0) + self.background(params)
         weighted = problem.weight * unit
         residual = problem.weight * (problem.data - model)
-        cost, chi2, factor, curvature = _weighted(self.loss, residual, problem)
-        pulled = residual if self.loss == "linear" else factor * residual
-        bent = weighted if self.loss == "linear" else curvature * weighted
+        told = misfit(self.loss, residual, problem)
+        pulled = residual if self.loss == "linear" else told.pull * residual
+        bent = weighted if self.loss == "linear" else told.curvature * weighted
 
         first, second = np.triu_indices(self.slots)
         rows = [
@@ -423,7 +451,7 @@ class GaussianGroup(Model):
             (pulled * problem.weight)[None],
         ]
         if self.loss != "linear":
-            rows.append((curvature * problem.weight**2)[None])
+            rows.append((told.curvature * problem.weight**2)[None])
         moments = self._moments(lax.optimization_barrier(jnp.concatenate(rows)))
         ends = np.cumsum([len(first), self.slots, self.slots, 1])
         pairs, singles, pulls, pull, *plain = jnp.split(moments, ends[: len(rows) - 1])
@@ -437,7 +465,8 @@ class GaussianGroup(Model):
                 -pull[0, : len(monomials(self.order))],
             ]
         )
-        return _add_ridge(Normal(cost, chi2, gradient, matrix), params, problem)
+        normal = Normal(told.cost, told.chi2, told.spread, gradient, matrix)
+        return _add_ridge(normal, params, problem)
 
     def chart(
         self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem

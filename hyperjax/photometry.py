@@ -18,14 +18,12 @@ import numpy as np
 from photutils.aperture import EllipticalAperture
 
 from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.sources import principal_offsets, unit_gaussian
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from hyperjax.sources import SourceFits
-
-_REACH = 6.0
-"""How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
 
 
 class Apertures(NamedTuple):
@@ -60,10 +58,6 @@ class _Ellipse(NamedTuple):
     sigma_minor: float
     theta: float
 
-    @property
-    def is_drawable(self) -> bool:
-        return bool(np.isfinite(self).all()) and self.sigma_minor > 0 and self.sigma_major > 0
-
 
 class _Sums(NamedTuple):
     """Sums over one aperture, weighted by each valid pixel's overlap with it."""
@@ -75,31 +69,7 @@ class _Sums(NamedTuple):
     blank_fraction: float = 1.0
 
 
-def render_sources(shape: tuple[int, int], fits: SourceFits) -> NDArray[np.float64]:
-    """Draw the fitted Gaussians, sampled at pixel centres.
-
-    Each is drawn in the box that holds its 6-sigma ellipse. Sources with parameters that are
-    not finite are left out.
-
-    Parameters
-    ----------
-    shape
-        (ny, nx) of the image.
-    fits
-        The sources.
-
-    Returns
-    -------
-    ndarray (ny, nx)
-        Sum of the sources, Jy/beam.
-    """
-    image = np.zeros(shape)
-    for peak, ellipse in zip(fits.peak, _ellipses(fits), strict=True):
-        if ellipse.is_drawable and np.isfinite(peak):
-            box = _bounding_box(shape, ellipse)
-            y, x = np.ogrid[box]
-            image[box] += peak * _profile(x, y, ellipse)
-    return image
+_UNDRAWABLE = _Sums(gradient=(np.nan,) * 6, noise_variance=np.nan, area=np.nan)
 
 
 def model_flux(fits: SourceFits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -162,8 +132,10 @@ def aperture_photometry(
     """
     noise = np.broadcast_to(np.asarray(rms, dtype=float), residual.shape)
     sums = [
-        _sum_aperture(residual, noise, peak, ellipse, ratio)
-        for peak, ellipse in zip(fits.peak, _ellipses(fits), strict=True)
+        _sum_aperture(residual, noise, peak, ellipse, ratio) if drawable else _UNDRAWABLE
+        for drawable, peak, ellipse in zip(
+            fits.is_drawable, fits.peak, _ellipses(fits), strict=True
+        )
     ]
     return _photometry_from_sums(fits, *_stack(sums))
 
@@ -214,8 +186,6 @@ def _sum_aperture(
     ratio: float,
 ) -> _Sums:
     """Sum residual, noise variance and the model's gradient over one source's aperture."""
-    if not (ellipse.is_drawable and np.isfinite(peak)):
-        return _Sums(gradient=(np.nan,) * 6, noise_variance=np.nan, area=np.nan)
     mask = EllipticalAperture(
         (ellipse.x, ellipse.y),
         a=ratio * FWHM_PER_SIGMA * ellipse.sigma_major,
@@ -253,44 +223,13 @@ def _ellipses(fits: SourceFits) -> list[_Ellipse]:
     return [_Ellipse(*row) for row in np.column_stack(columns).tolist()]
 
 
-def _bounding_box(shape: tuple[int, int], ellipse: _Ellipse) -> tuple[slice, slice]:
-    """Slices (rows, columns) of the part of the image that holds the 6-sigma ellipse."""
-    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
-    half_x = _REACH * np.hypot(ellipse.sigma_major * cos, ellipse.sigma_minor * sin)
-    half_y = _REACH * np.hypot(ellipse.sigma_major * sin, ellipse.sigma_minor * cos)
-    return (
-        _pixel_range(ellipse.y, half_y, shape[0]),
-        _pixel_range(ellipse.x, half_x, shape[1]),
-    )
-
-
-def _pixel_range(centre: float, half_width: float, size: int) -> slice:
-    first, last = np.ceil(centre - half_width), np.floor(centre + half_width)
-    start, stop = np.clip([first, last + 1], 0, size).astype(int)
-    return slice(int(start), int(stop))
-
-
-def _principal_offsets(
-    x: NDArray[np.int_], y: NDArray[np.int_], ellipse: _Ellipse
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Offsets of pixels from the centre along the major and the minor axis."""
-    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
-    dx, dy = x - ellipse.x, y - ellipse.y
-    return dx * cos + dy * sin, dy * cos - dx * sin
-
-
-def _profile(x: NDArray[np.int_], y: NDArray[np.int_], ellipse: _Ellipse) -> NDArray[np.float64]:
-    """Gaussian of unit peak at the given pixels."""
-    major, minor = _principal_offsets(x, y, ellipse)
-    return np.exp(-0.5 * ((major / ellipse.sigma_major) ** 2 + (minor / ellipse.sigma_minor) ** 2))
-
-
 def _gaussian_gradient(
     x: NDArray[np.int_], y: NDArray[np.int_], peak: float, ellipse: _Ellipse
 ) -> NDArray[np.float64]:
     """Differentiate to (peak, x, y, sigma_major, sigma_minor, theta): (6, pixels)."""
-    major, minor = _principal_offsets(x, y, ellipse)
-    profile = _profile(x, y, ellipse)
+    dx, dy = np.asarray(x - ellipse.x, float), np.asarray(y - ellipse.y, float)
+    major, minor = principal_offsets(dx, dy, ellipse.theta)
+    profile = unit_gaussian(dx, dy, *ellipse[2:])
     cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
     along, across = major / ellipse.sigma_major**2, minor / ellipse.sigma_minor**2
     logarithmic = [

@@ -18,7 +18,8 @@ from hyperjax.errors import BlankMapError
 from hyperjax.maps import Map
 from hyperjax.modelling import model_sources, unfitted
 from hyperjax.noise import clipped_rms
-from hyperjax.photometry import Apertures, aperture_photometry, render_sources
+from hyperjax.photometry import Apertures, aperture_photometry
+from hyperjax.sources import render_sources
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,10 @@ from hyperjax.fitting import (
     FitOptions,
     FitResult,
     GroupBatch,
+    block_sizes,
+    in_pieces,
     inverse_over_free,
-    solve_blocks,
+    solve_block,
 )
 from hyperjax.models import LOSSES, Grid, Problem, ProfileGroup, monomials
 from hyperjax.solver import Solution
@@ -86,9 +88,13 @@ def fit_profiles(
     grid = Grid((ny, nx))
     order = max(int(batch.order.max()), -1)
     model = ProfileGroup(grid, _Switched(profile, grid), size + 1, slots, order, options.loss)
-    problems, offset = _to_problems(model, batch, options)
-    solution = solve_blocks(model, problems, options)
-    return _to_result(model, batch, problems, offset, solution)
+
+    def fit(piece: GroupBatch) -> FitResult:
+        problems, offset = _to_problems(model, piece, options)
+        solution = solve_block(model, problems, options)
+        return _to_result(model, piece, problems, offset, solution)
+
+    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype)[-1])
 
 
 def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:
@@ -181,11 +187,13 @@ def _to_result(
     pixels, freedom = np.sum(problems.weight > 0, 1), np.sum(problems.free, 1)
     chi2 = solution.normal.chi2
     n = np.maximum(pixels, 1).astype(chi2.dtype)
+    inverse = inverse_over_free(np, solution.normal.matrix, problems.free)[:, own][:, :, own]
+    spread = 1 if model.loss == "linear" else solution.normal.spread[:, None, None]
     deviation = np.sum((problems.weight * _deviation(problems)) ** 2, 1)
     return FitResult(
         params=np.where(batch.present[..., None], sources(solution.params), batch.start),
         coefficients=coefficients,
-        covariance=inverse_over_free(np, solution.normal.matrix, problems.free)[:, own][:, :, own],
+        covariance=inverse * spread,
         cost=solution.normal.cost,
         chi2_red=chi2 / np.maximum(pixels - freedom, 1),
         bic=n * np.log(np.maximum(chi2, np.finfo(chi2.dtype).tiny) / n) + freedom * np.log(n),

@@ -76,6 +76,7 @@ def begin(model: Objective, problem: Problem) -> State:
     nowhere = Normal(
         jnp.asarray(jnp.inf, dtype),
         jnp.zeros((), dtype),
+        jnp.zeros((), dtype),
         jnp.zeros(size, dtype),
         jnp.zeros((size, size), dtype),
     )
@@ -148,6 +149,7 @@ def to_local(normal: Normal, chart: Chart) -> Normal:
     return Normal(
         normal.cost,
         normal.chi2,
+        normal.spread,
         chart.basis.T @ normal.gradient,
         chart.basis.T @ normal.matrix @ chart.basis + jnp.diag(chart.bend),
     )

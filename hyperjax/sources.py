@@ -5,6 +5,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hyperjax.groups import overlap
+
+Floats = NDArray[np.float64] | float
+"""A number, or an array of them."""
+
+_REACH = 6.0
+"""How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
+
+_STEP, _CHUNK = 4, 256  # half-sides of stamps are multiples of this; stamps drawn at a time
+
 
 class SourceFits(NamedTuple):
     """Elliptical Gaussians fitted to one map: arrays with one entry per source.
@@ -59,6 +69,92 @@ class SourceFits(NamedTuple):
     status: NDArray[np.int_]
     flags: NDArray[np.int_]
 
+    @classmethod
+    def unknown(cls, n: int) -> "SourceFits":
+        """`n` sources of which nothing is known: NaN, and 0 for integers."""
+        integers = ("group", "group_size", "order", "niter", "status", "flags")
+        columns = {
+            name: np.zeros(n, int) if name in integers else np.full(n, np.nan)
+            for name in cls._fields
+        }
+        return cls(**columns | {"covariance": np.full((n, 6, 6), np.nan)})
+
     def take(self, index: NDArray[np.int_]) -> "SourceFits":
         """Some of the sources."""
         return SourceFits(**{name: column[index] for name, column in self._asdict().items()})
+
+    @property
+    def is_drawable(self) -> NDArray[np.bool_]:
+        """Whether each source (n,) has a finite peak, position and shape."""
+        finite = np.isfinite(self[:6]).all(axis=0)
+        return np.asarray(finite & (self.sigma_minor > 0) & (self.sigma_major > 0))
+
+
+def principal_offsets(
+    dx: Floats, dy: Floats, theta: Floats
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Offsets from a source along its major and its minor axis."""
+    cos, sin = np.asarray(np.cos(theta)), np.asarray(np.sin(theta))
+    return dx * cos + dy * sin, dy * cos - dx * sin
+
+
+def unit_gaussian(
+    dx: Floats,
+    dy: Floats,
+    sigma_major: Floats,
+    sigma_minor: Floats,
+    theta: Floats,
+) -> NDArray[np.float64]:
+    """Gaussians of unit peak at pixel offsets (dx, dy) from their centres; arguments broadcast."""
+    major, minor = principal_offsets(dx, dy, theta)
+    square = (major / sigma_major) ** 2 + (minor / sigma_minor) ** 2
+    return np.asarray(np.exp(-0.5 * square))
+
+
+def stamps(
+    fits: SourceFits,
+    which: NDArray[np.int_],
+    x0: NDArray[np.int_],
+    y0: NDArray[np.int_],
+    side: int,
+) -> NDArray[np.float64]:
+    """Some of the sources (k, side, side), Jy/beam, on windows whose first pixels are (x0, y0)."""
+    grid = np.arange(side)
+    dx = (grid + (x0 - fits.x[which])[:, None])[:, None, :]
+    dy = (grid + (y0 - fits.y[which])[:, None])[:, :, None]
+    shape = (fits.sigma_major, fits.sigma_minor, fits.theta)
+    unit = unit_gaussian(dx, dy, *(column[which, None, None] for column in shape))
+    return fits.peak[which, None, None] * unit
+
+
+def render_sources(shape: tuple[int, int], fits: SourceFits) -> NDArray[np.float64]:
+    """Draw the fitted Gaussians, sampled at pixel centres.
+
+    Each is drawn in a square that holds its 6-sigma ellipse. Sources with parameters that are
+    not finite are left out.
+
+    Parameters
+    ----------
+    shape
+        (ny, nx) of the image.
+    fits
+        The sources.
+
+    Returns
+    -------
+    ndarray (ny, nx)
+        Sum of the sources, Jy/beam.
+    """
+    image = np.zeros(shape)
+    drawn = np.flatnonzero(fits.is_drawable)
+    half = _STEP * np.ceil(_REACH * fits.sigma_major[drawn] / _STEP).astype(int)
+    for size in np.unique(half):
+        same = drawn[half == size]
+        for first in range(0, len(same), _CHUNK):
+            which = same[first : first + _CHUNK]
+            x0, y0 = (np.rint(centre[which]).astype(int) - size for centre in (fits.x, fits.y))
+            side = 2 * int(size) + 1
+            for stamp, x, y in zip(stamps(fits, which, x0, y0, side), x0, y0, strict=True):
+                here, there = overlap(int(x), int(y), side, shape)
+                image[there] += stamp[here]
+    return image

@@ -1,7 +1,5 @@
 """Aperture photometry against analytic values, photutils and Monte Carlo."""
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -9,31 +7,23 @@ from numpy.typing import ArrayLike, NDArray
 from photutils.aperture import EllipticalAperture
 from scipy.optimize import least_squares
 
-from hyperjax.photometry import Apertures, aperture_photometry, model_flux, render_sources
+from hyperjax.photometry import Apertures, aperture_photometry, model_flux
+from hyperjax.sources import SourceFits, render_sources
 
 FWHM_PER_SIGMA = np.sqrt(8 * np.log(2))
 
 SHAPE = (60, 80)
 
 
-class Fits(NamedTuple):
-    """The part of a fit's result that photometry reads."""
-
-    peak: NDArray
-    x: NDArray
-    y: NDArray
-    sigma_major: NDArray
-    sigma_minor: NDArray
-    theta: NDArray
-    covariance: NDArray
-
-
-def make_fits(*sources: ArrayLike, covariance: NDArray | None = None) -> Fits:
+def make_fits(*sources: ArrayLike, covariance: NDArray | None = None) -> SourceFits:
     """Fits of sources (peak, x, y, sigma_major, sigma_minor, theta), exact unless told."""
     parameters = np.array(sources, dtype=float).reshape(-1, 6)
     if covariance is None:
         covariance = np.zeros((len(parameters), 6, 6))
-    return Fits(*parameters.T, covariance=np.broadcast_to(covariance, (len(parameters), 6, 6)))
+    return SourceFits.unknown(len(parameters))._replace(
+        **dict(zip(SourceFits._fields[:6], parameters.T, strict=True)),
+        covariance=np.broadcast_to(covariance, (len(parameters), 6, 6)),
+    )
 
 
 def gaussian_image(parameters: ArrayLike, shape: tuple[int, int] = SHAPE) -> NDArray:
