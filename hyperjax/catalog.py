@@ -88,10 +88,21 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("FLUX_ERR", float, u.Jy, "Noise of FLUX in the aperture as drawn"),
     Column("FLUX_APCOR", float, u.Jy, "Total flux density from FLUX, corrected for the aperture"),
-    Column("FLUX_APCOR_ERR", float, u.Jy, f"{_ERR} FLUX_APCOR, fitted shape included"),
+    Column(
+        "FLUX_APCOR_ERR",
+        float,
+        u.Jy,
+        f"{_ERR} FLUX_APCOR: that of FLUX_TOTAL, as the aperture follows the fitted shape, and the "
+        "noise in the aperture that the fit has not taken up (little, or none)",
+    ),
     Column("FLUX_TOTAL", float, u.Jy, "Total flux density of the fitted Gaussian (recommended)"),
     Column("FLUX_TOTAL_ERR", float, u.Jy, f"{_ERR} FLUX_TOTAL"),
-    Column("RESIDUALS", float, _JY_BEAM, "Mean background level under the source"),
+    Column(
+        "RESIDUALS",
+        float,
+        _JY_BEAM,
+        "Background level: the fitted background at the source's centre",
+    ),
     Column("POLYN", int, None, "Order of the polynomial background, -1 for none"),
     Column("NMSE", float, None, "Normalised mean squared error of the group's fit"),
     Column("CHI2_RED", float, None, "Reduced chi-square of the group's fit"),
@@ -123,7 +134,9 @@ COLUMNS: tuple[Column, ...] = (
         "SNR",
         float,
         None,
-        "Peak over scatter of the filtered map (detection)",
+        "Of the detection: brightest pixel of the high-pass filtered map at the source (of the "
+        "filtered residual for a source found there), over the scatter of the filtered map, which "
+        "sigma_thres is a multiple of; not FLUX_PEAK / RMS",
     ),
     Column("RMS", float, _JY_BEAM, "Noise of the map at the source"),
     Column("FLAGS", int, None, "Bits that are explained in the table's metadata"),
@@ -260,11 +273,15 @@ def _metadata(map: Map) -> dict[str, Any]:
         "map_unit": str(map.unit),
         "beam_major_arcsec": float(map.beam.major_arcsec),
         "beam_minor_arcsec": float(map.beam.minor_arcsec),
-        "beam_pa_deg": float(map.beam.pa_deg),
+        "beam_pa_icrs_deg": map.beam_pa_icrs_deg,
+        "beam_pa_map_deg": float(map.beam.pa_deg),
+        "map_frame": map.frame,
         "beam_area_arcsec2": float(map.beam.area_arcsec2),
         "recommended": "FLUX_TOTAL for total flux densities, FLUX_APCOR where sources are not "
         "Gaussian; RA and DEC for positions",
-        "position_angle": "PA is that of the major axis, East of North in ICRS, from 0 to 180 deg",
+        "position_angle": "PA is that of the major axis, East of North in ICRS, from 0 to 180 deg; "
+        "so is beam_pa_icrs_deg, at the centre of the map; beam_pa_map_deg is that of the header, "
+        "East of North in the frame of the map",
         "errors": "1 sigma",
         "flags": {f"{flag.name} ({flag.value})": flag.description for flag in FLAGS},
     }

@@ -5,22 +5,24 @@ Results go to the standard output; progress, log and errors go to the standard e
 """
 
 import logging
+import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hyperjax.errors import ConfigError, HyperjaxError, OutputError
-from hyperjax.logs import attached
+from hyperjax.logs import attached, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hyperjax.config import Config
+    from hyperjax.config import Config, Units
     from hyperjax.simulation import Simulated
     from hyperjax.survey import MapOutcome, SurveyResult
 
@@ -149,7 +151,8 @@ def run(
         list[Path] | None,
         typer.Argument(
             metavar="MAP.fits|CONFIG.yaml",
-            help="FITS maps (.fits, .fits.gz, .fits.fz), or one configuration that names them.",
+            help="FITS maps (.fits, .fits.gz, .fits.fz), or one configuration that names them. "
+            "Default: ./hyper_config.yaml, or the user's own configuration.",
             show_default=False,
         ),
     ] = None,
@@ -244,7 +247,9 @@ def run(
 
         hyperjax run hyper_config.yaml
 
-    Without an argument: ./hyper_config.yaml, else the user's own configuration.
+    Without an argument the configuration is looked for, as in HYPER: it is
+    ./hyper_config.yaml, else hyper_config.yaml in the user's configuration
+    folder; where there is neither, ./hyper_config.yaml is written, to be edited.
     """
     given = {
         "paths.output.dir_root": str(out.absolute()) if out else None,
@@ -262,7 +267,7 @@ def run(
         options, paths = _inputs(maps or [], config, given)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:
-            _print_summary(result)
+            _print_summary(result, options.units)
         if profile:
             _print_profile(result.outcomes)
         _print_failures(result, debug)
@@ -308,25 +313,27 @@ def _run(
     from rich.console import Console
 
     from hyperjax.products import Layout
-    from hyperjax.survey import n_jobs, output_folder, survey_result
+    from hyperjax.survey import distinct_maps, n_jobs, output_folder, survey_result
     from hyperjax.survey import run as run_survey
 
     console = Console(stderr=True, quiet=quiet)
     level = logging.DEBUG if debug else logging.INFO
-    out = output_folder(config)
-    outcomes = run_survey(maps, config, out, n_jobs(config), level)
+    out, jobs = output_folder(config), n_jobs(config)
+    outcomes = run_survey(maps, config, out, jobs, level)
+    names = [path.name for path in distinct_maps(maps)]
     with _log_on_terminal(console, verbose, quiet), closing(outcomes):
-        done = list(_with_progress(outcomes, len(maps), console))
+        done = list(_with_progress(outcomes, names, jobs, console))
     return survey_result(done, Layout.from_config(config, out))
 
 
 def _with_progress(
-    outcomes: "Iterable[MapOutcome]", total: int, console: "Console"
+    outcomes: "Iterable[MapOutcome]", names: Sequence[str], jobs: int, console: "Console"
 ) -> "Iterator[MapOutcome]":
-    """Draw a bar on a terminal, or write a line for each map elsewhere."""
+    """Draw a bar on a terminal, which moves while JAX compiles, or write a line for each map."""
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn())
+    unfinished = dict(enumerate(names))
     with Progress(
         *columns,
         TimeElapsedColumn(),
@@ -334,33 +341,44 @@ def _with_progress(
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        bar = progress.add_task("maps", total=total)
+        bar = progress.add_task(_running(unfinished, jobs), total=len(names))
         for number, outcome in enumerate(outcomes, start=1):
-            progress.advance(bar)
-            if total > 1 and not console.is_terminal:
-                console.print(f"{number}/{total} {_in_words(outcome)}", markup=False)
+            del unfinished[outcome.index]
+            progress.update(bar, advance=1, description=_running(unfinished, jobs))
+            if len(names) > 1 and not console.is_terminal:
+                console.print(f"{number}/{len(names)} {_in_words(outcome)}", markup=False)
             yield outcome
 
 
+def _running(unfinished: Mapping[int, str], jobs: int) -> str:
+    """Name the maps that are worked on: the first of those that are not finished."""
+    from rich.markup import escape
+
+    names = list(islice(unfinished.values(), jobs))
+    more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+    return escape(", ".join(names[:2] if more else names) + more)
+
+
 def _in_words(outcome: "MapOutcome") -> str:
-    result = f"{outcome.n_sources} sources" if outcome.ok else "failed"
+    result = counted(outcome.n_sources, "source") if outcome.ok else "failed"
     return f"{outcome.name}: {result}, {outcome.seconds:.1f} s"
 
 
-def _print_summary(result: "SurveyResult") -> None:
+def _print_summary(result: "SurveyResult", units: "Units") -> None:
     """Print a row for each finished map: sources, noise, time and catalogue."""
     rows = [
         (
             outcome.name,
             str(outcome.n_sources),
-            f"{1e3 * outcome.rms:.4g}",
+            f"{units.per_jy * outcome.rms:.4g}",
             f"{outcome.seconds:.1f}",
             _short(outcome.files[0]),
         )
         for outcome in result.finished
     ]
     if rows:
-        _print_table(("map", "sources", "rms [mJy/beam]", "seconds", "catalogue"), rows)
+        rms = f"rms [{units.flux_unit}/beam]"
+        _print_table(("map", "sources", rms, "seconds", "catalogue"), rows)
         typer.echo(f"\npictures: {_short(result.layout.plots)}")
     if len(rows) > 1:
         typer.echo(f"merged catalogue: {_short(result.merged_table)}")
@@ -382,10 +400,9 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    numbers = ("sources", "seconds", "rms [mJy/beam]")
     table = Table(box=None, pad_edge=False)
     for title in titles:
-        justify = "right" if title in numbers else "left"
+        justify = "right" if title.split()[0] in ("sources", "seconds", "rms") else "left"
         table.add_column(Text(title), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*map(Text, row))
@@ -396,11 +413,12 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _print_failures(result: "SurveyResult", debug: bool) -> None:
-    """Print a line for each map that failed."""
+    """Print a line for each map that failed, with its log if it has one."""
     for outcome in result.failed:
         if debug and outcome.traceback:
             typer.echo(outcome.traceback, err=True)
-        _print_error(outcome.error)
+        log = f" (log: {_short(outcome.log)})" if outcome.log else ""
+        _print_error(f"{outcome.error}{log}")
 
 
 # --- init ----------------------------------------------------------------------------------------
@@ -504,6 +522,12 @@ def simulate(
     blend_fraction: Annotated[
         float, typer.Option(metavar="FRACTION", help="Part of the sources put next to another.")
     ] = 0.0,
+    min_separation_beams: Annotated[
+        float, typer.Option(metavar="BEAMS", help="Smallest distance of two sources, beam FWHM.")
+    ] = 1.5,
+    edge_margin_beams: Annotated[
+        float, typer.Option(metavar="BEAMS", help="Smallest distance to the edge, beam FWHM.")
+    ] = 2.0,
     noise: Annotated[
         str, typer.Option(metavar="KIND", help="white, beam (correlated), 1/f or none.")
     ] = "white",
@@ -534,9 +558,23 @@ def simulate(
 
         fields = {field.name for field in dataclasses.fields(Simulation)}
         chosen = {name: value for name, value in context.params.items() if name in fields}
-        simulated = simulate_map(Simulation(**chosen))
+        with _fields_as_options(chosen):
+            simulated = simulate_map(Simulation(**chosen))
         map_path, truth_path = write_simulation(simulated, out, overwrite=force)
-        typer.echo(f"wrote {map_path} and {truth_path} ({len(simulated.truth)} sources)")
+        sources = counted(len(simulated.truth), "source")
+        typer.echo(f"wrote {map_path} and {truth_path} ({sources})")
+
+
+@contextmanager
+def _fields_as_options(fields: Collection[str]) -> Iterator[None]:
+    """Name options of the command in messages that name fields of `Simulation`."""
+    try:
+        yield
+    except ConfigError as error:
+        options = {name: f"--{name.replace('_', '-')}" for name in fields if "_" in name}
+        raise ConfigError(
+            re.sub(r"\w+", lambda word: options.get(word[0], word[0]), str(error))
+        ) from error
 
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -570,7 +608,7 @@ def demo(
         result = _run([map_path], config, verbose, quiet=False, debug=debug)
         _print_failures(result, debug)
         if result.finished:
-            _print_summary(result)
+            _print_summary(result, config.units)
             _print_score(result, simulated)
     raise typer.Exit(result.exit_code)
 

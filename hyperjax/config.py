@@ -219,18 +219,29 @@ class Units(_Section):
 
     convert_mJy: bool = Field(
         default=True,
-        description="Give flux densities in mJy (true) or Jy (false) in the catalogue.",
+        description="Give flux densities in mJy (true) or Jy (false), in the catalogue, the "
+        "picture and on the screen.",
     )
     map_unit: Text | None = Field(
         default=None,
         description="Brightness unit of the maps, such as Jy/beam, Jy/pix, MJy/sr or K, used in "
-        "place of the header's BUNIT; null takes BUNIT.",
+        "place of the header's BUNIT; null takes BUNIT. Jy alone is Jy/pix.",
     )
     frequency_ghz: Positive | None = Field(
         default=None,
         description="Frequency of the maps, needed only where the unit is K; null takes it from "
         "the header [GHz].",
     )
+
+    @property
+    def flux_unit(self) -> str:
+        """Unit of flux densities: mJy or Jy."""
+        return "mJy" if self.convert_mJy else "Jy"
+
+    @property
+    def per_jy(self) -> float:
+        """Value of 1 Jy in that unit."""
+        return 1e3 if self.convert_mJy else 1.0
 
 
 class Survey(_Section):
@@ -266,7 +277,8 @@ class Detection(_Section):
     kernel_size_pix: Whole = Field(
         default=0,
         description="Side of the square box whose local mean the high-pass filter subtracts; 0 "
-        "takes it from the beam [pixel].",
+        "takes it from the beam: floor(FWHM)^2 as in HYPER, but 4 beam FWHM at least and 10 at "
+        "most [pixel].",
     )
     roundlim: Interval = Field(
         default=(-4.0, 4.0),
@@ -330,7 +342,11 @@ class Photometry(_Section):
     aper_inf: Annotated[
         Positive,
         Differs(1.0, "a bound at the true size of a point source biases its flux"),
-    ] = Field(default=0.5, description="Smallest width of a fitted source [sigma of the beam].")
+    ] = Field(
+        default=0.5,
+        description="Smallest width of a fitted source [sigma of the beam]. Also how far from the "
+        "edge of the map, and from blank pixels, a peak must be to be detected [beam FWHM].",
+    )
     aper_sup: Annotated[
         Positive,
         Differs(2.0, "sources that are larger than two beams lose flux at the bound"),
@@ -470,8 +486,8 @@ class FitOptions(_Section):
         NotNegative | None, Differs(1.0, "every pixel of the window tells something")
     ] = Field(
         default=None,
-        description="Margin of the circle of fitted pixels round a source; null fits the whole "
-        "window [sigma of the beam].",
+        description="Margin of the circle of fitted pixels round a source; null, and HYPER's 1.0, "
+        "fit the whole window [sigma of the beam].",
     )
     spatial_weight_sigma: Positive = Field(
         default=1.5,
@@ -501,7 +517,8 @@ class Background(_Section):
     )
     fix_max_box: NotNegative = Field(
         default=5.0,
-        description="Largest margin of the box of the separate fit beyond the group [beam FWHM].",
+        description="Largest margin of the box of the separate fit beyond the group; not used "
+        "where fix_min_box is 0 [beam FWHM].",
     )
     fit_gauss_and_bg_together: Annotated[
         bool,
@@ -628,6 +645,14 @@ class Config(_Section):
                 raise ValueError(f"{key} = {value}: not in this version of hyperjax; {why}")
         return self
 
+    @property
+    def without_effect(self) -> dict[str, str]:
+        """Keys that have HYPER's default, which this version accepts but does not follow, and why.
+
+        A reason is what `NOT_YET` says of the key.
+        """
+        return {key: why for key, why in NOT_YET.items() if _is_hypers(self, key)}
+
 
 # --- What HYPER can do and this version cannot ---------------------------------------------------
 
@@ -680,8 +705,8 @@ NOT_YET: dict[str, str] = _UNAVAILABLE | {
 }
 """Keys of HYPER that this version does not act on, and what to use instead.
 
-A value other than the default is refused. A key that only refines another one is accepted where
-that other one is given and off, as in the files that HYPER writes.
+A value other than the default and HYPER's default is refused. A key that only refines another one
+is accepted where that other one is given and off, as in the files that HYPER writes.
 """
 
 PARTLY: dict[str, tuple[Any, ...]] = {
@@ -694,9 +719,15 @@ PARTLY: dict[str, tuple[Any, ...]] = {
 def _asked_for(config: Config, key: str) -> bool:
     """Whether a configuration asks for what this version cannot do."""
     value = _value(config, key)
-    if value == all_keys()[key].default or value in PARTLY.get(key, ()):
+    if value == all_keys()[key].default or value in PARTLY.get(key, ()) or _is_hypers(config, key):
         return False
     return not (key in SWITCH and _is_given(config, SWITCH[key]))
+
+
+def _is_hypers(config: Config, key: str) -> bool:
+    """Whether a key has HYPER's default, which is another than ours and not in this version."""
+    differs, value = all_keys()[key].differs, _value(config, key)
+    return differs is not None and value == differs.hyper and value not in PARTLY.get(key, ())
 
 
 def _value(config: Config, key: str) -> Any:

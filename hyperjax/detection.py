@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FINDER_SIGMA = 2.0  # of the filtered map: low, since the threshold proper comes last
 _FILTER_PEAK = 100.0
-_LEAST_FILTER_FWHM = 4.0  # a narrower high-pass filter takes away the source itself
+_FILTER_FWHM = 4.0, 10.0  # side of the high-pass filter: below it takes away the source itself
 
 
 class Detections(NamedTuple):
@@ -98,7 +98,7 @@ def detect(
     score = shoulder_score(filtered, x, y, peak, fwhm_pix, options)
     found = Detections(x, y, peak, peak / rms, np.full(len(x), rms), score)
     if options.shoulder_filter:
-        keep = score < options.shoulder_threshold
+        keep = score <= options.shoulder_threshold
         logger.info("%s: %d peaks dropped as shoulders", source, np.sum(~keep))
         found = Detections(*(column[keep] for column in found))
     return found
@@ -115,25 +115,33 @@ def with_companions(first: Detections, more: Detections, separation_pix: float) 
 
 
 def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: str) -> int:
-    """Side of the high-pass filter's box in pixels, odd: `wanted`, or floor(FWHM)^2 if that is 0.
+    """Side of the high-pass filter's box in pixels, odd: `wanted`, or from the beam if that is 0.
 
-    HYPER's floor(FWHM)^2 is below the size of a source for beams of less than four pixels; there
-    the box is four FWHM instead.
+    HYPER's side is floor(FWHM)^2 pixels. For beams of less than four pixels that is below the size
+    of a source, for wide ones a large part of the map: it is kept between 4 and 10 FWHM, where the
+    box takes 7 and 1 % of a point source's peak. A map smaller than that has a box of its own size,
+    if that is 4 FWHM at least.
 
     Raises
     ------
     MapTooSmallError
         If the image is smaller than the filter.
     """
-    size = wanted or max(int(fwhm_pix) ** 2, int(np.ceil(_LEAST_FILTER_FWHM * fwhm_pix)))
-    size += 1 - size % 2
-    if size > min(shape):
+    least, most = (_odd(beams * fwhm_pix) for beams in _FILTER_FWHM)
+    of_map = min(shape) - 1 + min(shape) % 2
+    size = _odd(wanted) if wanted else max(least, min(_odd(int(fwhm_pix) ** 2), most, of_map))
+    if size > of_map:
         raise MapTooSmallError(
             f"{source}: the map, {shape[1]} x {shape[0]} pixels, is smaller than the detection "
-            f"filter of {size} pixels; set detection.kernel_size_pix, or check the beam "
-            f"({fwhm_pix:.3g} pixels FWHM)"
+            f"filter of {size} pixels; set detection.kernel_size_pix in the configuration, or "
+            f"check the beam ({fwhm_pix:.3g} pixels FWHM; --beam or survey.beam_fwhm_arcsec)"
         )
     return size
+
+
+def _odd(length: float) -> int:
+    """The least odd number that is not below a length."""
+    return 2 * int(np.ceil((length - 1) / 2)) + 1
 
 
 def high_pass(data: NDArray[np.float64], size: int) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ display, and several threads may draw at once.
 from __future__ import annotations
 
 import zlib
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import astropy.units as u
@@ -21,9 +22,11 @@ from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.transforms import Affine2D
 
 from hyperjax.files import atomic_path
+from hyperjax.logs import counted
 from hyperjax.products import has_shape
 
 if TYPE_CHECKING:
@@ -35,17 +38,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike, NDArray
 
+    from hyperjax.config import Units
     from hyperjax.evaluate import Matches
     from hyperjax.maps import Map
     from hyperjax.pipeline import Extraction
 
-_MJY_PER_JY = 1e3
 _PANEL_INCHES = 4.4  # side of a square panel; others have the same area
 _PANEL_PIXELS = 1024  # larger images are averaged to about this many pixels a side
 _STACK_RATIO = 1.8  # panels of maps wider than this lie on top of each other
 _EQUAL_RATIO = 6.0  # the pixels of maps longer than this are not drawn square
-_LABEL_LIMIT = 150  # IDs are drawn up to this many sources
-_LABEL_REACH = 1.6  # distance of an ID from its source, in semi-axes of the ellipse
+_CROWD = 150  # from so many sources their ellipses are drawn thin
+_LABEL_LIMIT = 60  # IDs are drawn of so many sources, the brightest
+_LABEL_POINTS = 7
+_LABEL_REACH = 1.6, 1.0  # distance of an ID from its source, in semi-axes: preferred, and least
+_LABEL_GAP = 1.5  # points between them, moreover
+_DIGIT = 0.65  # width of a digit over the size of the type
 _OUTLINE_POINTS = 48
 _PULL_RANGE = 5.0  # deviations beyond are counted in the outermost bins
 _TICK_INCHES = 0.9  # between the ticks of sky coordinates, about
@@ -76,7 +83,7 @@ _BLANK_COLOUR = "#909090"
 
 
 class _Images(NamedTuple):
-    """The images of the three panels, (ny, nx) mJy/beam above the level of the background."""
+    """The images of the three panels, (ny, nx), above the level of the background."""
 
     map: NDArray[np.float32]
     model: NDArray[np.float32]
@@ -89,9 +96,10 @@ def overview(extraction: Extraction) -> Figure:
     """Draw a map with its fitted sources, the model and the residual, on one stretch.
 
     The sources are ellipses of their FWHM, drawn from the catalogue's sky positions and position
-    angles. The median background is taken off the map and the model so that they compare with the
-    residual; the stretch is linear over a few times the noise and logarithmic above. Maps of any
-    size are averaged to about 1000 pixels a side.
+    angles; the brightest have their IDs, where these cover no other source. The median background
+    is taken off the map and the model so that they compare with the residual; the stretch is linear
+    over a few times the noise and logarithmic above. Maps of any size are averaged to about 1000
+    pixels a side. Values are in mJy/beam, or in Jy/beam where the catalogue is in Jy.
 
     Parameters
     ----------
@@ -103,7 +111,7 @@ def overview(extraction: Extraction) -> Figure:
     `~matplotlib.figure.Figure`
         Save it with `save_figure`.
     """
-    map, catalog = extraction.map, extraction.catalog
+    map, catalog, units = extraction.map, extraction.catalog, extraction.config.units
     images = _panel_images(extraction)
     norm = _stretch(images)
     figure, panels, bar = _panel_grid(map)
@@ -111,10 +119,10 @@ def overview(extraction: Extraction) -> Figure:
     for axes, image, title in zip(panels, images[:3], titles, strict=True):
         _draw_image(axes, image, map.shape, norm)
         axes.set_title(title, fontsize=10)
-    _draw_sources(panels[0], map.wcs, catalog)
+    labels = _draw_sources(panels[0], map.wcs, catalog)
     _draw_beam(panels[0], map)
-    _draw_colour_bar(bar, norm)
-    _draw_title(figure, map, len(catalog), images)
+    _draw_colour_bar(bar, norm, units)
+    _draw_title(figure, map, _counted_sources(len(catalog), labels), images, units)
     return figure
 
 
@@ -145,18 +153,13 @@ def _panel_images(extraction: Extraction) -> _Images:
     level, noise = (_median(image[coarse]) for image in (extraction.background, extraction.rms))
     data = block_mean(extraction.map.data, block) - level
     residual = block_mean(extraction.residual, block)
-    # data - residual is the model with its background
-    return _Images(
-        _in_mjy(data),
-        _in_mjy(data - residual),
-        _in_mjy(residual),
-        _MJY_PER_JY * level,
-        _MJY_PER_JY * noise,
-    )
+    model = data - residual  # with its background
+    per_jy = extraction.config.units.per_jy
 
+    def shown(image: NDArray[np.float64]) -> NDArray[np.float32]:
+        return (per_jy * image).astype(np.float32)
 
-def _in_mjy(image: NDArray[np.float64]) -> NDArray[np.float32]:
-    return (_MJY_PER_JY * image).astype(np.float32)
+    return _Images(shown(data), shown(model), shown(residual), per_jy * level, per_jy * noise)
 
 
 def _median(values: NDArray[np.float64]) -> float:
@@ -219,7 +222,7 @@ def _panel_grid(map: Map) -> tuple[Figure, list[WCSAxes], Axes]:
     shown = min(max(ratio, 1 / _EQUAL_RATIO), _EQUAL_RATIO)
     width, height = _PANEL_INCHES * np.sqrt(shown), _PANEL_INCHES / np.sqrt(shown)
     rows, columns = (3, 1) if ratio > _STACK_RATIO else (1, 3)
-    left, right, bottom, top, gap, title = 1.1, 0.9, 0.55, 0.6, 0.45, 0.25
+    left, right, bottom, top, gap, title = 1.1, 1.1, 0.55, 0.6, 0.7, 0.25
     inside_x = columns * (width + gap) - gap
     inside_y = rows * (height + title) - title
     figure = Figure((left + inside_x + right, bottom + inside_y + title + top))
@@ -303,50 +306,92 @@ def ellipse_outlines(
     return np.stack(wcs.world_to_pixel(points), axis=-1)
 
 
-def _draw_sources(axes: WCSAxes, wcs: WCS, catalog: QTable) -> None:
-    """Draw a catalogue: FWHM ellipses, crosses where there is no shape, IDs if not too many."""
+def _draw_sources(axes: WCSAxes, wcs: WCS, catalog: QTable) -> int:
+    """Draw a catalogue, FWHM ellipses or crosses where there is no shape; count the IDs drawn."""
     sources = catalog[np.isfinite(catalog["RA"]) & np.isfinite(catalog["DEC"])]
     if len(sources) == 0:
-        return
+        return 0
     shaped = has_shape(sources)
     shape = [np.where(shaped, sources[name], 0) for name in ("FWHM_1", "FWHM_2", "PA")]
     centre = SkyCoord(sources["RA"], sources["DEC"], frame="icrs")
     outlines = ellipse_outlines(wcs, centre, *shape)  # of no size where there is no shape
-    few = len(sources) <= _LABEL_LIMIT
+    few = len(sources) <= _CROWD
     width = 1.0 if few else 0.6
     style: dict[str, Any] = {"verts": list(outlines[shaped]), "facecolors": "none"}
     axes.add_collection(PolyCollection(**style, ec="black", lw=width + 0.8, alpha=0.6))
     axes.add_collection(PolyCollection(**style, ec=_SKY_BLUE, lw=width))
     axes.plot(*outlines[~shaped, 0].T, "+", color=_SKY_BLUE, ms=6 if few else 3)
-    if few:
-        _draw_labels(axes, outlines, sources["HYPER_ID"])
+    return _draw_labels(axes, outlines, [str(number) for number in sources["HYPER_ID"]])
 
 
-def _draw_labels(axes: WCSAxes, outlines: NDArray[np.float64], labels: NDArray[Any]) -> None:
-    """Write a label beside each outline, on the side where its nearest neighbour is not."""
-    size = 8 if len(outlines) <= _LABEL_LIMIT // 3 else 6
-    centre = outlines.mean(axis=1)
-    offset = centre - centre[:, None]  # of the second axis's sources from those of the first
-    distance = np.hypot(*offset.T).T
-    np.fill_diagonal(distance, np.inf)
-    crowded_right = offset[np.arange(len(centre)), distance.argmin(axis=1), 0] > 0
-    across = (centre[:, 0] - axes.get_xlim()[0]) / np.ptp(axes.get_xlim())
-    on_left = (across > 0.95) | (crowded_right & (across > 0.05))
-    for outline, label, left in zip(outlines, labels, on_left, strict=True):
-        x, y = outline.T
-        reach = _LABEL_REACH * np.ptp(x) / 2
+def _draw_labels(axes: WCSAxes, outlines: NDArray[np.float64], labels: list[str]) -> int:
+    """Write labels beside their outlines, brightest first, where there is room; count them."""
+    to_points = axes.transData + Affine2D().scale(72 / axes.figure.dpi)
+    points = to_points.transform(outlines.reshape(-1, 2)).reshape(outlines.shape)
+    sources = np.stack([points.min(axis=1), points.max(axis=1)], axis=1)
+    widths = np.array([_DIGIT * _LABEL_POINTS * len(label) for label in labels])
+    panel = axes.bbox.get_points() * 72 / axes.figure.dpi
+    places = label_places(sources, widths, _LABEL_POINTS, panel, _LABEL_LIMIT)
+    for index, place in places.items():
         axes.annotate(
-            str(label),
-            (x.mean() + (-reach if left else reach), y.mean()),
-            xytext=(-1.5 if left else 1.5, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
+            labels[index],
+            to_points.inverted().transform(place),
+            ha="center",
             va="center_baseline",
             color="white",
-            fontsize=size,
+            fontsize=_LABEL_POINTS,
             path_effects=[withStroke(linewidth=1.2, foreground="black")],
-            annotation_clip=True,
         )
+    return len(places)
+
+
+def label_places(
+    sources: NDArray[np.float64],
+    widths: NDArray[np.float64],
+    height: float,
+    panel: NDArray[np.float64],
+    limit: int,
+) -> dict[int, NDArray[np.float64]]:
+    """Find places for labels beside their sources that cover neither a source nor another label.
+
+    Parameters
+    ----------
+    sources : ndarray
+        (n, 2, 2) lower left and upper right corners of the sources, the most important first.
+    widths, height : ndarray (n,), float
+        Of the labels.
+    panel : ndarray
+        (2, 2) corners of the panel that the labels must stay in.
+    limit : int
+        The largest number of labels.
+
+    Returns
+    -------
+    dict
+        Index of a source, and centre (x, y) of its label, which is to the right of it, to the left,
+        above or below. Sources that have no such place are left out.
+    """
+    taken = sources.copy()
+    places: dict[int, NDArray[np.float64]] = {}
+    for index, (low, high) in enumerate(sources):
+        if len(places) == limit:
+            break
+        half = np.array([widths[index], height]) / 2
+        for reach, side in product(_LABEL_REACH, ((1, 0), (-1, 0), (0, 1), (0, -1))):
+            away = reach * (high - low) / 2 + half + _LABEL_GAP
+            centre = (low + high) / 2 + side * away
+            box = np.array([centre - half, centre + half])
+            inside = np.all(box[0] >= panel[0]) and np.all(box[1] <= panel[1])
+            if inside and not np.any(_overlaps(box, np.delete(taken, index, axis=0))):
+                places[index] = centre
+                taken = np.append(taken, box[None], axis=0)
+                break
+    return places
+
+
+def _overlaps(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether a box (2, 2) overlaps each of other boxes (n, 2, 2)."""
+    return np.all((box[0] < others[:, 1]) & (box[1] > others[:, 0]), axis=-1)
 
 
 def _draw_beam(axes: WCSAxes, map: Map) -> None:
@@ -362,12 +407,12 @@ def _draw_beam(axes: WCSAxes, map: Map) -> None:
     axes.add_patch(Polygon(outline - outline.mean(axis=0) + box / 2 - 0.5, facecolor="black"))
 
 
-def _draw_colour_bar(axes: Axes, norm: AsinhNorm) -> None:
+def _draw_colour_bar(axes: Axes, norm: AsinhNorm, units: Units) -> None:
     bar = axes.figure.colorbar(ScalarMappable(norm, _COLOUR_MAP), cax=axes, extend="both")
     ticks = _colour_ticks(norm)
     bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "−") for tick in ticks])
     bar.minorticks_off()
-    bar.set_label("mJy/beam", fontsize=9)
+    bar.set_label(f"{units.flux_unit}/beam", fontsize=9)
     axes.tick_params(labelsize=8)
 
 
@@ -386,16 +431,22 @@ def _colour_ticks(norm: AsinhNorm) -> list[float]:
     return sorted(chosen)
 
 
-def _draw_title(figure: Figure, map: Map, sources: int, images: _Images) -> None:
-    beam = map.beam
+def _counted_sources(sources: int, labels: int) -> str:
+    """Say how many sources there are, and whether some are drawn without their ID."""
+    words = counted(sources, "source")
+    return words if labels == sources else f"{words}, {labels} with their IDs"
+
+
+def _draw_title(figure: Figure, map: Map, sources: str, images: _Images, units: Units) -> None:
+    beam, unit = map.beam, f"{units.flux_unit}/beam"
     facts = [
-        f"{sources} source{'s' * (sources != 1)}",
-        f"rms {images.noise:.3g} mJy/beam",
+        sources,
+        f"rms {images.noise:.3g} {unit}",
         f"beam {beam.major_arcsec:.3g}″ × {beam.minor_arcsec:.3g}″",
     ]
     if abs(images.level) > 0.1 * images.noise:
         level = f"{images.level:.3g}".replace("-", "−")
-        facts.append(f"background level {level} mJy/beam subtracted")
+        facts.append(f"background level {level} {unit} subtracted")
     height = figure.get_figheight()
     size = min(12.0, 120 * figure.get_figwidth() / max(len(map.name), 1))  # a long name shrinks
     figure.text(
@@ -474,6 +525,7 @@ def _draw_flux_ratios(axes: Axes, snr: ArrayLike, deviations: _Deviations) -> No
         axes.axhline(median, color=_VERMILLION, ls="--", lw=1.5, label=f"median {median:.3f}")
         axes.legend(frameon=False, fontsize=9)
     axes.set(xscale="log", xlabel="Signal-to-noise ratio", ylabel="Flux density / true")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # few decades: enough labels
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
 

@@ -211,7 +211,7 @@ def block_sizes(model: Model, dtype: Any) -> tuple[int, ...]:
 
 def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
     """The options' tolerances, those that are not given by the type of the data."""
-    default = 1e-9 if dtype == np.float64 else 1e-6
+    default = 1e-8 if dtype == np.float64 else 1e-7
     ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
     return Tolerances(
         ftol=np.asarray(ftol, dtype),

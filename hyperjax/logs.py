@@ -1,12 +1,14 @@
 """Where log records go: the terminal, one plain file per map, or another process.
 
-The library only makes records; these handlers are set by the command line and by the survey.
+The library only makes records; these handlers are set by the command line and by the survey, whose
+logs begin when there is something to log of.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from logging.handlers import QueueHandler
+from functools import cache
+from logging.handlers import MemoryHandler, QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -15,6 +17,7 @@ from hyperjax.errors import OutputError
 LIBRARY = ("hyperjax", "py.warnings")
 """Loggers of the library, and of Python's warnings where they are captured."""
 
+_ALL, _NEVER = 1 << 30, 1 << 30  # records, and a level above any: keep until told otherwise
 _FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -27,6 +30,11 @@ class _ListHandler(QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         self._records.append(record)
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: "1 map", "2 maps"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @contextmanager
@@ -51,24 +59,51 @@ def attached(
 @contextmanager
 def log_file(
     path: Path, level: int = logging.INFO, names: Iterable[str] = LIBRARY
-) -> Iterator[None]:
-    """Write records to a new plain file; each line is flushed as it is made.
+) -> Iterator[Callable[[], Path]]:
+    """Write records to a new plain file, from when it is wanted; what was logged before is kept.
+
+    Yields
+    ------
+    callable
+        Opens the file, and returns its path. From then on each line is flushed as it is made. If it
+        is never called nothing is written, and no folder is made.
 
     Raises
     ------
     OutputError
-        The file cannot be written.
+        The file cannot be written; from the callable.
     """
+    kept = MemoryHandler(_ALL, flushLevel=_NEVER)
+
+    @cache
+    def begin() -> Path:
+        file = _new_file(path)
+        kept.setTarget(file)
+        kept.flush()
+        kept.capacity = 1
+        return path
+
+    with attached(kept, level, names):
+        try:
+            yield begin
+        finally:
+            target = kept.target
+            kept.close()
+            if target is not None:
+                target.close()
+
+
+def _new_file(path: Path) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            f"{path}: the log cannot be written ({error.strerror}); choose another output folder"
+            f"{path}: the log cannot be written ({error.strerror}); choose another output folder "
+            "with -o or paths.output.dir_root"
         ) from error
     handler.setFormatter(logging.Formatter(_FILE_FORMAT))
-    with attached(handler, level, names):
-        yield
+    return handler
 
 
 @contextmanager

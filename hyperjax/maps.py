@@ -8,6 +8,7 @@ Pixel positions are 0-based and refer to pixel centres; ``x`` counts along the a
 ``y`` along its first. Sky positions are ICRS, position angles in degrees East of North.
 """
 
+import logging
 import math
 import os
 import re
@@ -58,6 +59,8 @@ __all__ = [
     "sky_covariance",
     "sky_ellipse",
 ]
+
+logger = logging.getLogger(__name__)
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -132,8 +135,8 @@ def beam_for_survey(code: int) -> Beam:
         return SURVEY_BEAMS[code]
     except KeyError:
         raise ConfigError(
-            f"survey.survey_code = {code}: no such survey; use 1 to 8, or {BEAM_IN_HEADER} to take "
-            "the beam from the map's header"
+            f"survey.survey_code = {code} (--survey-code): no such survey; use 1 to 8, or "
+            f"{BEAM_IN_HEADER} to take the beam from the map's header"
         ) from None
 
 
@@ -168,7 +171,7 @@ def _aips_beam(header: fits.Header) -> tuple[float, float | None, float | None] 
 _MIN_BEAM_DEG = 1e-12  # some nanoarcseconds
 _BEAM_REMEDY = (
     "give its FWHM in arcsec as survey.beam_fwhm_arcsec in the configuration or --beam on the "
-    "command line, or name a survey_code"
+    "command line, or its survey.survey_code or --survey-code"
 )
 
 
@@ -285,8 +288,11 @@ def brightness_unit(text: str) -> u.UnitBase:
     return unit
 
 
+_PIXEL_WORD = re.compile(r"pi?x", re.IGNORECASE)
+
+
 def _unit(header: fits.Header, path: Path, given: str | None) -> u.UnitBase:
-    """Find the unit: that given, else the header's BUNIT."""
+    """Find the unit: that given, else the header's BUNIT; warn if it does not say per what."""
     text = given if given is not None else str(header.get("BUNIT") or "")
     remedy = (
         "give Jy/pixel, Jy/beam, MJy/sr or K as units.map_unit in the configuration or --unit on "
@@ -295,12 +301,20 @@ def _unit(header: fits.Header, path: Path, given: str | None) -> u.UnitBase:
     if not text.strip():
         raise MapUnitError(f"{path}: no brightness unit (BUNIT) in the header; {remedy}")
     try:
-        return brightness_unit(text)
+        unit = brightness_unit(text)
     except (TypeError, ValueError):
         raise MapUnitError(
             f"{path}: the unit {text.strip()!r} is unknown, ambiguous, or not one of brightness; "
             f"{remedy}"
         ) from None
+    if unit.is_equivalent(_JY_PER_PIXEL) and not _PIXEL_WORD.search(text):
+        logger.warning(
+            "%s: the unit %r does not say per what, and is read as per pixel; if it is not, give "
+            "the right one as units.map_unit in the configuration or --unit on the command line",
+            path,
+            text.strip(),
+        )
+    return unit
 
 
 def _frequency(header: fits.Header, wcs: WCS, path: Path, given_ghz: float | None) -> u.Quantity:
@@ -569,6 +583,15 @@ class Map:
     native_per_jy_beam: float | FloatArray
     frame: str
 
+    def __repr__(self) -> str:
+        """Size, unit, beam and frame on one line."""
+        ny, nx = self.shape
+        beam = f"{self.beam.major_arcsec:.3g} x {self.beam.minor_arcsec:.3g} arcsec"
+        return (
+            f"<Map {self.name!r}: {nx} x {ny} pixels of {self.pixel_scale_arcsec:.3g} arcsec, "
+            f"Jy/beam (read as {self.unit}), beam {beam}, {self.frame}>"
+        )
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns (ny, nx)."""
@@ -584,6 +607,14 @@ class Map:
     def beam_fwhm_pix(self) -> float:
         """FWHM of the beam in pixels at the map's centre."""
         return self.beam.fwhm_arcsec / self.pixel_scale_arcsec
+
+    @cached_property
+    def beam_pa_icrs_deg(self) -> float:
+        """Position angle of the beam, East of North in ICRS, at the map's centre, in [0, 180)."""
+        ny, nx = self.shape
+        centre = pixel_to_skycoord(0.5 * (nx - 1), 0.5 * (ny - 1), self.wcs, origin=0)
+        along = centre.directional_offset_by(self.beam.pa_deg * u.deg, 1 * u.arcmin)
+        return float(centre.icrs.position_angle(along.icrs).deg) % 180.0
 
 
 def _central_pixel_scale(wcs: WCS, shape: tuple[int, ...]) -> float:
@@ -668,11 +699,16 @@ def _fits_errors(path: Path) -> Iterator[None]:
         try:
             yield
         except (*_UNREADABLE, fits.verify.VerifyWarning) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise NotFitsError(
-                f"{path}: not a FITS file, or cut short or damaged ({reason}); write or fetch it "
-                "again"
+                f"{path}: not a FITS file, or cut short or damaged ({_reason(error)}); write or "
+                "fetch it again"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says: its first sentence, for astropy's others are hints on its options."""
+    text = " ".join(str(error).split())
+    return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def _read_image(path: Path, hdu: int | str | None) -> tuple[fits.Header, WCS, FloatArray]:
@@ -720,7 +756,7 @@ def _image_hdu(hdus: fits.HDUList, path: Path, which: int | str | None) -> Any:
         where = "" if which is None else f" in HDU {which}"
         raise NoImageError(
             f"{path}: no image of two dimensions{where}; give a file that has one, or name its HDU "
-            "with --hdu"
+            "with --hdu or files.hdu"
         )
     return found
 
@@ -746,7 +782,9 @@ def _refuse_blank(data: FloatArray, path: Path) -> None:
         fault = f"has the value {low:g} in every pixel"
     else:
         return
-    raise BlankMapError(f"{path}: the map {fault}; give another file, or another HDU with --hdu")
+    raise BlankMapError(
+        f"{path}: the map {fault}; give another file, or another HDU with --hdu or files.hdu"
+    )
 
 
 def _full_wcs(header: fits.Header, hdus: fits.HDUList, path: Path) -> WCS:

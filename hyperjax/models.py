@@ -29,8 +29,6 @@ LOSSES = ("linear", "soft_l1", "huber", "cauchy")
 SHAPE = 6
 """Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
 
-_LOWER_FLOOR = 1e-3  # of the loss weight, where a robust loss is concave
-
 
 def monomials(degree: int) -> list[tuple[int, int]]:
     """Powers (a, b) of x^a y^b with a + b <= degree, by total degree; none for degree -1."""
@@ -113,14 +111,14 @@ class Normal(NamedTuple):
 class Misfit(NamedTuple):
     """What the residuals of a model come to: see `Normal`.
 
-    `pull` and `curvature` (pixel,) are the pixels' factors in the gradient and in the matrix.
+    `pull` (pixel,) is the factor of each pixel in the gradient and in the matrix: 1 for the linear
+    loss.
     """
 
     cost: Float[Array, ""]
     chi2: Float[Array, ""]
     spread: Float[Array, ""]
     pull: Float[Array, " pixel"]
-    curvature: Float[Array, " pixel"]
 
 
 class Chart(NamedTuple):
@@ -142,7 +140,7 @@ class Chart(NamedTuple):
 def robust(
     loss: str, z: Float[Array, "*any"]
 ) -> tuple[Float[Array, "*any"], Float[Array, "*any"], Float[Array, "*any"]]:
-    """Loss rho(z) of z = (residual / f_scale)^2, weight rho' and curvature rho' + 2 z rho''.
+    """Loss rho(z) of z = (residual / f_scale)^2, weight rho' and slope psi' = rho' + 2 z rho''.
 
     The losses are those of `scipy.optimize.least_squares`.
     """
@@ -243,25 +241,26 @@ class Model(Objective):
 def misfit(loss: str, residual: Float[Array, " pixel"], problem: Problem) -> Misfit:
     """Cost and sum of squares of weighted residuals, and the pixels' factors.
 
-    Where a robust loss is concave its curvature is kept positive, so that the matrix is (Triggs et
-    al. 2000, LNCS 1883, 298). `spread` comes from the covariance of an M-estimator with independent
-    residuals r, sum(psi^2) / (n - p) / mean(psi')^2 inv(J^T W J) with psi = rho' r (Huber 1981,
-    Robust Statistics, section 7.6), and from the matrix being mean(curvature) J^T W J on average.
+    A robust loss weighs each squared residual by rho' (iteratively reweighted least squares). With
+    its true curvature, which is 0 or negative in the wings, steps were too long: from the truth,
+    3 % of fits with 5 % of outliers went to a wrong minimum (none with rho'), in 2.6 times the
+    steps.
+
+    `spread` comes from the covariance of an M-estimator with independent residuals r,
+    sum(psi^2) / (n - p) / mean(psi')^2 inv(J^T W J) with psi = rho' r (Huber 1981, Robust
+    Statistics, section 7.6), and from the matrix being mean(rho') J^T W J on average.
     """
     chi2 = jnp.sum(residual**2)
     if loss == "linear":
-        one = jnp.ones_like(residual)
-        return Misfit(0.5 * chi2, chi2, jnp.zeros_like(chi2), one, one)
+        return Misfit(0.5 * chi2, chi2, jnp.zeros_like(chi2), jnp.ones_like(residual))
     rho, weight, slope = robust(loss, (residual / problem.f_scale) ** 2)
-    curvature = jnp.maximum(slope, _LOWER_FLOOR * weight)
     valid = problem.weight > 0
     pixels = jnp.sum(valid)
     freedom = jnp.maximum(pixels - jnp.sum(problem.free), 1)
     rigidity = jnp.sum(jnp.where(valid, slope, 0)) / pixels
-    stiffness = jnp.sum(jnp.where(valid, curvature, 0)) / pixels
+    stiffness = jnp.sum(jnp.where(valid, weight, 0)) / pixels
     spread = jnp.sum((weight * residual) ** 2) / freedom * stiffness / rigidity**2
-    cost = 0.5 * problem.f_scale**2 * jnp.sum(rho)
-    return Misfit(cost, chi2, spread, weight, curvature)
+    return Misfit(0.5 * problem.f_scale**2 * jnp.sum(rho), chi2, spread, weight)
 
 
 def _penalty(params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
@@ -313,7 +312,7 @@ class ProfileGroup(Model):
         residual = problem.weight * (problem.data - image)
         told = misfit(self.loss, residual, problem)
         gradient = -jacobian.T @ (told.pull * residual)
-        matrix = jacobian.T @ (told.curvature[:, None] * jacobian)
+        matrix = jacobian.T @ (told.pull[:, None] * jacobian)
         normal = Normal(told.cost, told.chi2, told.spread, gradient, matrix)
         return _add_ridge(normal, params, problem)
 
@@ -441,7 +440,7 @@ class GaussianGroup(Model):
         residual = problem.weight * (problem.data - model)
         told = misfit(self.loss, residual, problem)
         pulled = residual if self.loss == "linear" else told.pull * residual
-        bent = weighted if self.loss == "linear" else told.curvature * weighted
+        bent = weighted if self.loss == "linear" else told.pull * weighted
 
         first, second = np.triu_indices(self.slots)
         rows = [
@@ -451,7 +450,7 @@ class GaussianGroup(Model):
             (pulled * problem.weight)[None],
         ]
         if self.loss != "linear":
-            rows.append((told.curvature * problem.weight**2)[None])
+            rows.append((told.pull * problem.weight**2)[None])
         moments = self._moments(lax.optimization_barrier(jnp.concatenate(rows)))
         ends = np.cumsum([len(first), self.slots, self.slots, 1])
         pairs, singles, pulls, pull, *plain = jnp.split(moments, ends[: len(rows) - 1])

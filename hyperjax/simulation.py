@@ -11,7 +11,7 @@ the map's own frame. Everything is built in Jy/beam and converted to the map's u
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -330,7 +330,13 @@ class Simulated:
     noise: FloatArray
     valid: NDArray[np.bool_]
     sources: SkySources
-    truth: QTable = field(repr=False)
+    truth: QTable
+
+    def __repr__(self) -> str:
+        """Size, unit and number of sources on one line."""
+        ny, nx = self.options.shape
+        unit, sources = self.options.unit, len(self.truth)
+        return f"<Simulated: {nx} x {ny} pixels in {unit}, {sources} sources on the map>"
 
 
 def simulate(options: Simulation, sources: SkySources | None = None) -> Simulated:
@@ -527,7 +533,7 @@ def _scatter(
         else:
             raise ConfigError(
                 f"only {count} of {options.n_sources} sources fit on the map: lower n_sources, "
-                "min_separation_beams or edge_margin_beams"
+                "min_separation_beams or edge_margin_beams, or enlarge the shape"
             )
     return placed[:, 0], placed[:, 1]
 
@@ -831,7 +837,9 @@ def write_simulation(
     truth_path = map_path.with_name(f"{stem}_truth.ecsv")
     for target in (map_path, truth_path):
         if target.exists() and not overwrite:
-            raise OutputError(f"{target}: exists already; give another name or allow overwriting")
+            raise OutputError(
+                f"{target}: exists already; give another name, or --force (overwrite=True)"
+            )
     image = fits.PrimaryHDU(simulated.data, simulated.header)
     write_truth = partial(simulated.truth.write, format="ascii.ecsv")
     write_together({map_path: image.writeto, truth_path: write_truth})

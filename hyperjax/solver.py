@@ -22,6 +22,7 @@ at an optimum; without a single valid pixel."""
 _FIRST_DAMPING = 1e-3
 _LEAST_DAMPING = 1e-9
 _MOST_DAMPING = 1e12
+_LEAST_RATIO = 0.05  # of successive decrements
 
 
 class Tolerances(NamedTuple):
@@ -30,8 +31,7 @@ class Tolerances(NamedTuple):
     Attributes
     ----------
     ftol
-        Relative reduction of the cost that one more step could bring (the damped Newton
-        decrement, corrected for its damping).
+        Relative reduction of the cost that is still to be had when the last step has been taken.
     xtol
         Length of the next step relative to the parameters (MINPACK's xtol; scaled coordinates).
     gtol
@@ -53,6 +53,7 @@ class State(NamedTuple):
     normal: Normal
     candidate: Float[Array, " P"]
     predicted: Float[Array, ""]
+    decrement: Float[Array, ""]
     damping: Float[Array, ""]
     growth: Float[Array, ""]
     steps: Int[Array, ""]
@@ -86,6 +87,7 @@ def begin(model: Objective, problem: Problem) -> State:
         normal=nowhere,
         candidate=problem.start,
         predicted=jnp.ones((), dtype),
+        decrement=jnp.zeros((), dtype),
         damping=jnp.asarray(_FIRST_DAMPING, dtype),
         growth=jnp.asarray(2.0, dtype),
         steps=jnp.zeros((), jnp.int32),
@@ -101,6 +103,9 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     lambda follows Nielsen's rule (1999, IMM-REP-1999-05). Bounds are kept by projection:
     coordinates that are on a bound and pushed outwards are left out of the step, the others are
     clipped at theirs (Bertsekas 1982, SIAM J. Control Optim. 20, 221).
+
+    The step that the tolerances find small enough to stop is still taken, but not evaluated:
+    `normal` stays that of the point before it.
     """
     trial = model.normal(state.candidate, problem)
     gain = (state.normal.cost - trial.cost) / state.predicted
@@ -122,8 +127,10 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     predicted = -(local.gradient @ clipped + 0.5 * clipped @ local.matrix @ clipped)
 
     steps = state.steps + 1
+    decrement = newton_decrement(local, blocked, step, damping)
+    left = still_to_gain(decrement, state.decrement, better)
     status = jnp.where(
-        converged(params, local, blocked, step, damping, tolerances),
+        converged(params, local, blocked, step, damping, left, tolerances),
         CONVERGED,
         jnp.where(
             damping > _MOST_DAMPING,
@@ -131,11 +138,14 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
             jnp.where(steps >= tolerances.max_steps, STEP_LIMIT, RUNNING),
         ),
     )
+    candidate = model.retract(params, chart, clipped, problem)
+    last = (status == CONVERGED) & (predicted > 0)
     return State(
-        params=params,
+        params=jnp.where(last, candidate, params),
         normal=normal,
-        candidate=model.retract(params, chart, clipped, problem),
+        candidate=candidate,
         predicted=jnp.where(predicted > 0, predicted, jnp.abs(predicted) + 1e-30),
+        decrement=jnp.where(better, decrement, state.decrement),
         damping=damping,
         growth=growth,
         steps=steps,
@@ -182,22 +192,43 @@ def damped_step(
     return scale * solution
 
 
+def newton_decrement(
+    local: Normal, blocked: Bool[Array, " P"], step: Float[Array, " P"], damping: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Reduction of the cost that an undamped step promises, from a damped one."""
+    return -0.5 * jnp.where(blocked, 0, local.gradient) @ step * (1 + damping)
+
+
+def still_to_gain(
+    decrement: Float[Array, ""], before: Float[Array, ""], better: Bool[Array, ""]
+) -> Float[Array, ""]:
+    """Reduction of the cost that is left after a step with this `decrement`.
+
+    Decrements shrink from step to step by a ratio that hardly changes near the optimum, as long as
+    steps are accepted; the sum of those to come is a geometric series. Far from it they may shrink
+    faster once: a small ratio is not believed.
+    """
+    ratio = jnp.maximum(decrement / jnp.where(before > 0, before, decrement), _LEAST_RATIO)
+    shrinking = better & (ratio < 0.5)
+    return jnp.where(shrinking, decrement * ratio / (1 - ratio), decrement)
+
+
 def converged(
     params: Float[Array, " P"],
     local: Normal,
     blocked: Bool[Array, " P"],
     step: Float[Array, " P"],
     damping: Float[Array, ""],
+    left: Float[Array, ""],
     tolerances: Tolerances,
 ) -> Bool[Array, ""]:
     """Whether one of the three tolerances is met on the coordinates that can move."""
     gradient = jnp.where(blocked, 0, local.gradient)
-    decrement = -0.5 * gradient @ step * (1 + damping)
     diagonal = jnp.diagonal(local.matrix)
     cosine = jnp.abs(gradient) / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) * 2 * local.cost)
     length = jnp.linalg.norm(step) * (1 + damping)
     return (
-        (decrement <= tolerances.ftol * local.cost)
+        (left <= tolerances.ftol * local.cost)
         | (jnp.max(cosine) <= tolerances.gtol)
         | (length <= tolerances.xtol * (tolerances.xtol + jnp.linalg.norm(params)))
     )

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import count
@@ -33,7 +33,7 @@ from hyperjax.catalog import merge_catalogs
 from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
-from hyperjax.logs import collected, log_file, replay
+from hyperjax.logs import collected, counted, log_file, replay
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MapOutcome",
     "SurveyResult",
+    "distinct_maps",
     "n_jobs",
     "output_folder",
     "run",
@@ -80,7 +81,7 @@ class MapOutcome:
     files : tuple of Path
         What was written, the ECSV table first.
     log : Path or None
-        The map's log; None if the map is not there.
+        The map's log; None if there is none, as the map could not be read and the error says why.
     error : str or None
         Why the map failed, in one line.
     traceback : str or None
@@ -93,7 +94,7 @@ class MapOutcome:
     name: str
     index: int
     steps: dict[str, float]
-    catalog: QTable | None = None
+    catalog: QTable | None = field(default=None, repr=False)
     rms: float = np.nan
     files: tuple[Path, ...] = ()
     log: Path | None = None
@@ -131,6 +132,16 @@ class SurveyResult:
 
     outcomes: tuple[MapOutcome, ...]
     layout: Layout
+
+    def __repr__(self) -> str:
+        """How many maps and sources, and where, on one line."""
+        sources = counted(sum(outcome.n_sources for outcome in self.outcomes), "source")
+        return f"<SurveyResult: {self.summary}, {sources} in {self.layout.tables}>"
+
+    @property
+    def summary(self) -> str:
+        """How many maps were finished, and how many failed."""
+        return f"{counted(len(self.finished), 'map')} finished, {len(self.failed)} failed"
 
     @property
     def finished(self) -> list[MapOutcome]:
@@ -240,12 +251,12 @@ def run(
     Parameters
     ----------
     maps : sequence of path-like
-        FITS files. A file that is given twice is worked on once.
+        FITS files. A file that is given twice is worked on once, as `distinct_maps` has it.
     config : Config
         The options for all maps.
     out : path-like
         The output folder; `hyperjax.products` says what is in it. Nothing is written if no map
-        is there.
+        can be read.
     jobs : int
         How many maps are worked on at the same time; 1 works in this process.
     log_level : int
@@ -263,16 +274,19 @@ def run(
     """
     layout = Layout.from_config(config, Path(out).absolute())
     _refuse_unwritable(layout)
-    names = _unique_names(maps, config)
+    names = _unique_names(distinct_maps(maps), config)
     workers = min(jobs, len(names))
     cores = max(1, usable_cores() // workers) if workers > 1 else None
     tasks = [
         _Task(path, name, index, config, layout, log_level, cores)
         for index, (path, name) in enumerate(names.items())
     ]
-    with _survey_log(tasks, config, layout):
+    with log_file(layout.logs / config.files.file_log_name, names=(__name__,)) as begin_log:
+        _log_what_was_asked(maps, tasks, config)
         outcomes = []
         for outcome in _in_processes(tasks, workers) if workers > 1 else map(_run_map, tasks):
+            if outcome.log is not None:
+                begin_log()
             outcomes.append(outcome)
             yield outcome
         _write_all(survey_result(outcomes, layout))
@@ -285,7 +299,7 @@ def _write_all(result: SurveyResult) -> None:
         copy_as_merged(result.layout, finished[0].name)
     elif catalog is not None:
         write_merged(catalog, result.layout)
-    logger.info("%d maps finished, %d failed", len(finished), len(result.failed))
+    logger.info("%s", result.summary)
 
 
 def _refuse_unwritable(layout: Layout) -> None:
@@ -304,35 +318,41 @@ def _refuse_unwritable(layout: Layout) -> None:
             )
 
 
-@contextmanager
-def _survey_log(tasks: Sequence[_Task], config: Config, layout: Layout) -> Iterator[None]:
-    """Write the log of the whole run: what was asked for, and a line for each map."""
-    if not any(task.path.is_file() for task in tasks):
-        yield
-        return
-    with log_file(layout.logs / config.files.file_log_name, names=(__name__,)):
-        logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
-        logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
-        for task in tasks:
-            if task.name != map_name(task.path):
-                logger.info("%s: its products are named %s", task.path, task.name)
-        yield
+def distinct_maps(maps: Sequence[str | Path]) -> list[Path]:
+    """Return each map once, as it was first given, whichever way other paths lead to its file."""
+    first: dict[Path, Path] = {}
+    for path in map(Path, maps):
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
 
 
-def _unique_names(maps: Sequence[str | Path], config: Config) -> dict[Path, str]:
+def _log_what_was_asked(maps: Sequence[str | Path], tasks: Sequence[_Task], config: Config) -> None:
+    """Log what a run begins with: options, and maps that are not done or not named as expected."""
+    logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
+    logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
+    for key, why in config.without_effect.items():
+        logger.info("%s: HYPER's default is accepted, but has no effect here; %s", key, why)
+    times = Counter(Path(path).resolve() for path in maps)
+    for task in tasks:
+        if times[task.path.resolve()] > 1:
+            logger.warning("%s: given more than once, worked on once", task.path)
+        if task.name != map_name(task.path):
+            logger.info("%s: its products are named %s", task.path, task.name)
+
+
+def _unique_names(maps: Sequence[Path], config: Config) -> dict[Path, str]:
     """Name the products of each map so that no two, whatever the case of letters, are the same.
 
     A map's name is that of its file; where it is taken its folders are put before it, then a
     number after it.
     """
-    given = {Path(path).absolute(): Path(path) for path in maps}
-    shared = Counter(map_name(path).casefold() for path in given)
+    shared = Counter(map_name(path).casefold() for path in maps)
     taken = {MERGED.casefold(), Path(config.files.file_log_name).stem.casefold()}
     names: dict[Path, str] = {}
-    for absolute, path in given.items():
+    for path in maps:
         alone = shared[map_name(path).casefold()] == 1
         names[path] = next(
-            name for name in _candidates(absolute, alone) if name.casefold() not in taken
+            name for name in _candidates(path.absolute(), alone) if name.casefold() not in taken
         )
         taken.add(names[path].casefold())
     return names
@@ -352,21 +372,23 @@ def _candidates(path: Path, alone: bool) -> Iterator[str]:
 
 
 def _run_map(task: _Task) -> MapOutcome:
-    """Read, extract and write one map; whatever goes wrong becomes its outcome."""
+    """Read, extract and write one map; whatever goes wrong becomes its outcome.
+
+    A map that cannot be read leaves no log: its error says all that there is to say.
+    """
     outcome = _begun(task)
     try:
-        with log_file(outcome.log, task.log_level) if outcome.log else nullcontext():
-            return _logged(outcome, task)
+        with log_file(task.layout.log(task.name), task.log_level) as begin_log:
+            return _logged(outcome, task, begin_log)
     except OutputError as error:  # of the log itself
         return _failed(outcome, error)
 
 
 def _begun(task: _Task) -> MapOutcome:
-    log = task.layout.log(task.name) if task.path.is_file() else None
-    return MapOutcome(task.path, task.name, task.index, steps={}, log=log)
+    return MapOutcome(task.path, task.name, task.index, steps={})
 
 
-def _logged(outcome: MapOutcome, task: _Task) -> MapOutcome:
+def _logged(outcome: MapOutcome, task: _Task, begin_log: Callable[[], Path]) -> MapOutcome:
     """Work on a map and log what became of it.
 
     This is the one place where exceptions that nobody foresaw are caught: a defect that one map
@@ -374,12 +396,15 @@ def _logged(outcome: MapOutcome, task: _Task) -> MapOutcome:
     """
     logger.info("%s: hyperjax %s", task.path, version("hyperjax"))
     try:
-        outcome = _extracted(outcome, task)
+        with _timed(outcome.steps, "read"):
+            image = replace(_read(task), name=task.name)
+        outcome = replace(outcome, log=begin_log())
+        outcome = _extracted(outcome, image, task)
     except HyperjaxError as error:
         outcome = _failed(outcome, error)
         logger.error("%s", outcome.error)
     except Exception as error:
-        outcome = _failed(outcome, error)
+        outcome = _failed(replace(outcome, log=begin_log()), error)
         logger.exception("%s", outcome.error)
     else:
         _log_success(outcome)
@@ -388,22 +413,42 @@ def _logged(outcome: MapOutcome, task: _Task) -> MapOutcome:
 
 def _log_success(outcome: MapOutcome) -> None:
     steps = ", ".join(f"{step} {seconds:.2f} s" for step, seconds in outcome.steps.items())
-    logger.info("%s: %d sources (%s)", outcome.name, outcome.n_sources, steps)
+    logger.info("%s: %s (%s)", outcome.name, counted(outcome.n_sources, "source"), steps)
 
 
-def _extracted(outcome: MapOutcome, task: _Task) -> MapOutcome:
-    """Read a map, extract its sources and write the products; the steps are timed."""
+def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
+    """Extract the sources of a map and write the products; the steps are timed."""
     steps = outcome.steps
-    with _timed(steps, "read"):
-        image = replace(_read(task), name=task.name)
     with _timed(steps, "start"):
         extract = _extractor(task.cores)
     extraction = extract(image, task.config)
     steps.update(extraction.seconds)
+    if len(extraction.catalog) == 0:
+        logger.warning("%s", _why_empty(extraction))
     with _timed(steps, "write"):
         files = tuple(write_extraction(extraction, task.layout))
     rms = float(np.nanmedian(extraction.rms))
     return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
+
+
+def _why_empty(extraction: "Extraction") -> str:
+    """What a source must have had, what the map has, and which options to change, in one line."""
+    options, units = extraction.config.detection, extraction.config.units
+    noise = float(np.nanmedian(extraction.rms))
+    brightest = float(np.nanmax(extraction.residual)) / noise  # of the filtered map: no source
+    threshold = f"{units.per_jy * options.sigma_thres * noise:.3g} {units.flux_unit}/beam"
+    below = brightest < options.sigma_thres
+    return (
+        f"{extraction.map.name}: no source of {options.sigma_thres:g} times the noise "
+        f"({threshold}) or more; the brightest pixel has {brightest:.3g} times the noise"
+        + ("; lower --sigma or detection.sigma_thres to find fainter ones" if below else _DROPPED)
+    )
+
+
+_DROPPED = (
+    " but is too close to an edge (photometry.aper_inf) or has not the shape of a source "
+    "(detection.roundlim, sharplim, shoulder_filter)"
+)
 
 
 def _read(task: _Task) -> Map:
@@ -456,7 +501,7 @@ def _unforeseen(outcome: MapOutcome, error: BaseException) -> str:
             "try again with --jobs 1"
         )
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{outcome.path}: unexpected {what}; please report it, with the log {outcome.log}"
+    return f"{outcome.path}: unexpected {what}; please report it, with its log"
 
 
 # --- Several processes ---------------------------------------------------------------------------
@@ -567,7 +612,9 @@ def _reported(future: "Future[_Report]", task: _Task) -> MapOutcome:
     """Take over the outcome of a map, and its log records, from another process."""
     error = future.exception()
     if error is not None:
-        outcome = _failed(_begun(task), error)
+        log = task.layout.log(task.name)
+        begun = replace(_begun(task), log=log if log.is_file() else None)
+        outcome = _failed(begun, error)
         logger.error("%s", outcome.error)
         return outcome
     outcome, records = future.result()

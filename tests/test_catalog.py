@@ -374,8 +374,23 @@ def test_the_catalogue_explains_itself_also_after_writing() -> None:
     assert again.meta["map_unit"] == "MJy / sr"
     assert_allclose(again.meta["beam_area_arcsec2"], np.pi / (4 * np.log(2)) * 120.0)
     assert again.meta["flags"]["BLENDED (256)"] == FLAGS.BLENDED.description
+    assert again.meta["map_frame"] == "icrs"
+    assert again.meta["beam_pa_map_deg"] == 20.0
+    assert_allclose(again.meta["beam_pa_icrs_deg"], 20.0)
     for name in NAMES:
         assert_array_equal(again[name], catalog[name])
+
+
+def test_the_beam_has_the_angle_of_a_source_of_its_shape() -> None:
+    """PA and beam_pa_icrs_deg are in one frame, whatever the frame and rotation of the map."""
+    field = make_map(35.0, frame="galactic")
+    centre = field.wcs.pixel_to_world(59.5, 49.5)
+    tip = field.wcs.world_to_pixel(centre.directional_offset_by(20 * u.deg, 1 * u.arcsec))
+    theta = np.arctan2(tip[1] - 49.5, tip[0] - 59.5)
+    sigmas = np.array([12.0, 10.0]) / FWHM_PER_SIGMA / ARCSEC_PER_PIX
+    catalog = catalog_of(make_fits(parameters=np.array([0.3, 59.5, 49.5, *sigmas, theta])), field)
+    assert_allclose(catalog["PA"][0].value, catalog.meta["beam_pa_icrs_deg"], atol=1e-3)
+    assert catalog.meta["beam_pa_map_deg"] == 20.0
 
 
 def test_merging_stacks_maps_in_the_units_of_the_first() -> None:
@@ -393,7 +408,7 @@ def test_merging_stacks_maps_in_the_units_of_the_first() -> None:
     descriptions = [merged[column.name].info.description for column in COLUMNS]
     assert descriptions == [column.description for column in COLUMNS]
     assert merged.meta["flags"] == tables[0].meta["flags"]
-    assert merged.meta["beam_pa_deg"] == 20.0
+    assert merged.meta["beam_pa_map_deg"] == 20.0
     assert [entry["map"] for entry in merged.meta["maps"]] == ["field", "nothing", "another field"]
     assert [entry["beam_major_arcsec"] for entry in merged.meta["maps"]] == [12.0, 12.0, 20.0]
 

@@ -2,6 +2,7 @@
 
 import gzip
 import inspect
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.table import QTable
+from rich.console import Console
 from test_survey import one_source, products, write_map
 from typer.testing import CliRunner
 
@@ -26,6 +28,7 @@ import hyperjax
 from hyperjax import cli, survey
 from hyperjax.config import Config
 from hyperjax.config_io import load_config
+from hyperjax.evaluate import matches
 from hyperjax.products import write_extraction
 from hyperjax.simulation import Simulation
 
@@ -268,14 +271,15 @@ def test_bad_map_is_one_error_and_no_output(
     make(here / "m.fits")
     result = hyperjax_command("run", "m.fits", "-o", "out")
     assert_one_error(result, exit_code, "m.fits", words)
-    assert products(here / "out") == []
+    assert not (here / "out").exists()
 
 
 def test_map_smaller_than_the_detection_filter(here: Path) -> None:
     write_map(here / "m.fits", BMAJ=60 / 3600, BMIN=60 / 3600)
     result = hyperjax_command("run", "m.fits", "-o", "out")
-    assert_one_error(result, 3, "m.fits")
+    assert_one_error(result, 3, "m.fits", "(log: out/logs/m.log)")
     assert products(here / "out") == []
+    assert sorted(path.name for path in here.rglob("*.log")) == ["hyperjax.log", "m.log"]
 
 
 @pytest.mark.usefixtures("fake_fit")
@@ -444,6 +448,15 @@ def test_summary_names_sources_noise_time_and_catalogue(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_fit")
+def test_summary_is_in_jy_where_the_catalogue_is(here: Path) -> None:
+    write_map(here / "orion.fits")
+    (here / "c.yaml").write_text("units: {convert_mJy: false}")
+    title, row, *_ = hyperjax_command("run", "orion.fits", "-c", "c.yaml").stdout.splitlines()
+    assert "rms [Jy/beam]" in title
+    assert row.split()[2] == "0.001"
+
+
+@pytest.mark.usefixtures("fake_fit")
 def test_quiet_shows_nothing(here: Path) -> None:
     write_map(here / "m.fits")
     result = hyperjax_command("run", "m.fits", "-q")
@@ -453,7 +466,7 @@ def test_quiet_shows_nothing(here: Path) -> None:
 @pytest.mark.usefixtures("fake_fit")
 def test_verbose_shows_the_log(here: Path) -> None:
     write_map(here / "m.fits")
-    assert "INFO: m: 1 sources" in hyperjax_command("run", "m.fits", "-v").stderr
+    assert "INFO: m: 1 source (" in hyperjax_command("run", "m.fits", "-v").stderr
 
 
 @pytest.mark.usefixtures("fake_fit")
@@ -470,9 +483,56 @@ def test_progress_is_one_line_for_each_map_off_a_terminal(here: Path) -> None:
         write_map(here / f"{name}.fits")
     result = hyperjax_command("run", "a.fits", "b.fits", "-j", 1)
     assert [line.split(",")[0] for line in result.stderr.splitlines()] == [
-        "1/2 a: 1 sources",
-        "2/2 b: 1 sources",
+        "1/2 a: 1 source",
+        "2/2 b: 1 source",
     ]
+
+
+@pytest.mark.usefixtures("fake_fit")
+def test_a_map_given_twice_counts_once(here: Path) -> None:
+    for name in ("a", "b"):
+        write_map(here / f"{name}.fits")
+    result = hyperjax_command("run", "a.fits", here / "a.fits", "b.fits", "-j", 1)
+    assert result.exit_code == 0
+    assert [line.split(",")[0] for line in result.stderr.splitlines()] == [
+        "WARNING: a.fits: given more than once",
+        "1/2 a: 1 source",
+        "2/2 b: 1 source",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "jobs", "shown"),
+    [
+        (["a", "b", "c"], 1, "a"),
+        (["a", "b", "c"], 4, "a, b, c"),
+        (["a", "b", "c", "d", "e"], 4, "a, b and 2 more"),
+        (["[red]"], 2, r"\[red]"),
+        ([], 2, ""),
+    ],
+)
+def test_the_maps_that_are_worked_on_are_named(names: list[str], jobs: int, shown: str) -> None:
+    assert cli._running(dict(enumerate(names)), jobs) == shown
+
+
+def test_the_bar_names_the_map_and_moves_while_it_is_worked_on() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+
+    def slowly() -> Any:
+        time.sleep(0.5)
+        yield survey.MapOutcome(Path("m.fits"), "m", 0, steps={})
+
+    list(cli._with_progress(slowly(), ["m.fits"], 1, console))
+    text = re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
+    assert len(set(re.findall(r"(\S) m\.fits", text))) > 2  # of the spinner
+    assert "0:00:00" in text
+
+
+def test_run_says_where_it_looks_for_a_configuration() -> None:
+    words = " ".join(hyperjax_command("run", "--help").stdout.split())
+    assert "./hyper_config.yaml, else hyper_config.yaml in the user's configuration" in words
+    assert "where there is neither, ./hyper_config.yaml is written, to be edited" in words
 
 
 def test_interrupt_is_a_short_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,7 +578,8 @@ def test_simulate_writes_a_map_and_its_truth(here: Path) -> None:
     assert result.stdout == "wrote sky.fits and sky_truth.ecsv (4 sources)\n"
     assert fits.getdata(here / "sky.fits").shape == (60, 50)
     assert len(QTable.read(here / "sky_truth.ecsv")) == 4
-    assert_one_error(hyperjax_command("simulate", "sky.fits", *options), 2, "sky.fits", "exists")
+    again = hyperjax_command("simulate", "sky.fits", *options)
+    assert_one_error(again, 2, "sky.fits", "exists", "--force")
     assert hyperjax_command("simulate", "sky.fits", *options, "--force").exit_code == 0
 
 
@@ -526,8 +587,13 @@ def test_simulate_writes_a_map_and_its_truth(here: Path) -> None:
     ("options", "words"),
     [
         (["--noise", "pink"], "pink"),
-        (["--unit", "K"], "frequency"),
-        (["--sources", -1], "n_sources"),
+        (["--unit", "K"], "--frequency-ghz"),
+        (["--sources", -1], "--n-sources"),
+        (["--beam-fwhm-pix", 0], "--beam-fwhm-pix"),
+        (
+            ["--shape", 30, 30],
+            "lower --n-sources, --min-separation-beams or --edge-margin-beams",
+        ),
     ],
 )
 def test_simulation_that_makes_no_sense(here: Path, options: list[Any], words: str) -> None:
@@ -550,6 +616,16 @@ def test_demo_finds_its_sources(here: Path) -> None:
     assert (here / "hyperjax_demo/plots/demo_comparison.png").is_file()
 
 
+def test_a_beam_of_25_pixels_on_300(here: Path) -> None:
+    beam = ["--beam-fwhm-pix", 25, "--snr-range", 20, 60, "--sources", 3]
+    hyperjax_command("simulate", "m.fits", "--shape", 300, 300, *beam)
+    result = hyperjax_process("run", "m.fits", cwd=here)
+    assert result.returncode == 0, result.stderr
+    truth = QTable.read(here / "m_truth.ecsv")
+    catalog = QTable.read(here / "hyperjax_out/params/params_m.ecsv")
+    assert len(matches(catalog, truth, 5.0).truth) == len(catalog) == 3
+
+
 def test_two_maps_in_two_processes(here: Path) -> None:
     for seed in (1, 2):
         hyperjax_command("simulate", f"{seed}.fits", "--shape", 80, 80, "--sources", 2)
@@ -566,8 +642,8 @@ def test_ctrl_c_ends_all_processes(here: Path) -> None:
         hyperjax_command("simulate", f"{seed}.fits", "--shape", 300, 300, "--sources", 90)
     command = [sys.executable, "-m", "hyperjax", "run", "1.fits", "2.fits", "--jobs", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=here) as process:
-        log = here / "hyperjax_out/logs/hyperjax.log"
-        while process.poll() is None and not log.exists():
+        logs = here / "hyperjax_out/logs"
+        while process.poll() is None and not any(logs.glob("?.log")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == cli.INTERRUPTED

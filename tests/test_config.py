@@ -85,6 +85,7 @@ HYPER: dict[str, Any] = {
         "vary": False,
         "bg_fitters": ["least_squares"],
         "huber_epsilons": [1.1, 1.35, 1.7, 2.0],
+        "fit_aperture_sigma": 1.0,
         "spatial_weight_sigma": 1.5,
     },
     "background": {
@@ -588,7 +589,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "fit_options.huber_epsilons": [1.2],
     "fit_options.calc_covar": True,
     "fit_options.verbose": True,
-    "fit_options.fit_aperture_sigma": 1.0,
+    "fit_options.fit_aperture_sigma": 2.0,
     "background.pol_orders_bkg_no_sources": [2],
     "fits_output.fits_fitting": True,
     "fits_output.fits_deblended": True,
@@ -646,7 +647,9 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
     for path, value in ((key, OTHER_THAN_DEFAULT[key]), (switch, off)):
         section, name = path.split(".")
         options.setdefault(section, {})[name] = value
-    config_from_dict(options)
+    config = config_from_dict(options)
+    assert flat(config.model_dump(mode="json"))[key] == OTHER_THAN_DEFAULT[key]
+    assert config.without_effect == {}
 
 
 # --- HYPER's files -------------------------------------------------------------------------------
@@ -655,6 +658,10 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
 def test_hypers_own_defaults_load() -> None:
     config = config_from_dict(HYPER)
     assert flat(config.model_dump(mode="json")).items() >= flat(HYPER).items()
+    assert config.without_effect == {
+        "fit_options.fit_aperture_sigma": NOT_YET["fit_options.fit_aperture_sigma"]
+    }
+    assert Config().without_effect == {}
 
 
 OLDER = """

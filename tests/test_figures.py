@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import astropy.units as u
@@ -9,6 +10,8 @@ import pytest
 from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib import colormaps
 from matplotlib.collections import PolyCollection
 from matplotlib.image import imread
@@ -17,9 +20,18 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.ndimage import map_coordinates
 from scipy.spatial import cKDTree
 
+from hyperjax.config import Config
+from hyperjax.config_io import config_from_dict
 from hyperjax.errors import OutputError
 from hyperjax.evaluate import Matches
-from hyperjax.figures import block_mean, comparison, ellipse_outlines, overview, save_figure
+from hyperjax.figures import (
+    block_mean,
+    comparison,
+    ellipse_outlines,
+    label_places,
+    overview,
+    save_figure,
+)
 from hyperjax.maps import Beam, Map
 from hyperjax.simulation import Simulation, simulate
 
@@ -54,6 +66,7 @@ def perfect_extraction(options, name="M1"):
     map = Map(name, None, sim.data, sim.wcs, beam, u.Jy / u.beam, 1.0, options.frame)
     return SimpleNamespace(
         map=map,
+        config=Config(),
         catalog=catalog,
         model=sim.model + blank,
         background=sim.background + blank,
@@ -91,7 +104,7 @@ def test_overview_draws_any_map_without_warnings(tmp_path, options):
     image = imread(path)
     width, height = figure.get_size_inches()
     assert_allclose(image.shape[:2], (120 * height, 120 * width), atol=1)
-    assert max(width, height) < 18
+    assert max(width, height) < 18.5
     assert min(width, height) > 3
     assert image[..., :3].std() > 0.1
 
@@ -158,28 +171,109 @@ def test_the_ellipses_lie_on_the_sources(name):
         assert_allclose(map_coordinates(sim.model, [y, x], order=3), peak / 2, rtol=0.02)
 
 
-def test_ids_are_drawn_for_few_sources_only():
-    few = overview(perfect_extraction(CASES["plain"]))
-    assert [text.get_text() for text in few.axes[0].texts] == [str(i) for i in range(1, 13)]
-    many = overview(
-        perfect_extraction(Simulation(shape=(400, 400), n_sources=160, beam_fwhm_pix=3))
+def test_the_labels_of_the_panels_are_apart():
+    """Also where a long label is at the left end of an axis, and one is at its right end."""
+    options = (
+        Simulation(shape=(360, 360), n_sources=2),
+        Simulation(shape=(30, 30), n_sources=1, pixel_arcsec=0.01),
     )
-    assert len(many.axes[0].texts) == 0
-    assert len(ellipses(many.axes[0]).get_paths()) == 160
+    for case in (*CASES.values(), *options):
+        figure = overview(perfect_extraction(case))
+        figure.canvas.draw()
+        boxes = [axes.get_tightbbox(figure.canvas.get_renderer()) for axes in figure.axes[:3]]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+def test_all_ids_are_drawn_where_there_is_room():
+    figure = overview(perfect_extraction(CASES["plain"]))
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(i) for i in range(1, 13)]
+    assert figure.texts[1].get_text().startswith("12 sources  ")
+
+
+def test_in_a_crowd_the_brightest_have_their_ids():
+    options = Simulation(shape=(400, 400), n_sources=160, beam_fwhm_pix=3)
+    figure = overview(perfect_extraction(options))
+    numbers = [int(text.get_text()) for text in figure.axes[0].texts]
+    assert len(numbers) == 60
+    assert numbers == sorted(numbers)
+    assert max(numbers) < 75
+    assert len(ellipses(figure.axes[0]).get_paths()) == 160
+    assert figure.texts[1].get_text().startswith("160 sources, 60 with their IDs  ")
+
+
+def test_ids_cover_neither_each_other_nor_a_source():
+    options = Simulation(shape=(300, 300), n_sources=60, blend_fraction=0.9, seed=4)
+    figure = overview(perfect_extraction(options))
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    labels = [text.get_window_extent() for text in axes.texts]
+    paths = ellipses(axes).get_paths()
+    sources = [axes.transData.transform_path(path).get_extents() for path in paths]
+    assert 30 < len(labels) < 60
+    for index, label in enumerate(labels):
+        inner = label.shrunk(0.8, 0.6)  # digits do not fill their box
+        assert not any(inner.overlaps(other.shrunk(0.8, 0.6)) for other in labels[:index])
+        assert sum(inner.overlaps(source) for source in sources) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(0, 20), st.floats(1, 30)),
+        max_size=30,
+    ),
+    st.integers(0, 20),
+)
+def test_labels_have_room(boxes, limit):
+    x, y, size, widths = np.array(boxes).reshape(-1, 4).T
+    low = np.stack([x, y], axis=-1)
+    sources = np.stack([low, low + size[:, None]], axis=1)
+    panel = np.array([[0.0, 0.0], [100.0, 100.0]])
+    places = label_places(sources, widths, 7.0, panel, limit)
+    assert len(places) <= limit
+    taken = [(box[0], box[1]) for box in sources]
+    for index, centre in places.items():
+        half = np.array([widths[index], 7.0]) / 2
+        low, high = centre - half, centre + half
+        assert (low >= panel[0]).all()
+        assert (high <= panel[1]).all()
+        others = [box for n, box in enumerate(taken) if n != index]
+        assert not any((low < b).all() and (high > a).all() for a, b in others)
+        taken.append((low, high))
+
+
+@pytest.mark.parametrize("convert", [True, False])
+def test_the_picture_is_in_the_unit_of_the_catalogue(convert):
+    extraction = perfect_extraction(CASES["galactic"])
+    extraction.rms[:] = 1.25e-3
+    extraction.config = config_from_dict({"units": {"convert_mJy": convert}})
+    figure = overview(extraction)
+    unit, rms, level = ("mJy", "1.25", "50.1") if convert else ("Jy", "0.00125", "0.0501")
+    assert figure.axes[3].get_ylabel() == f"{unit}/beam"
+    assert f"rms {rms} {unit}/beam" in figure.texts[1].get_text()
+    assert f"background level {level} {unit}/beam subtracted" in figure.texts[1].get_text()
+    figure.canvas.draw()
+    labelled = figure.axes[3].get_tightbbox(figure.canvas.get_renderer())
+    assert labelled.x1 < figure.bbox.x1
+    top = np.nanmax(extraction.map.data) * (1e3 if convert else 1)
+    assert 0.1 * top < figure.axes[3].get_ylim()[1] < 1.1 * top
 
 
 def test_ids_of_neighbours_are_on_opposite_sides():
     options = Simulation(shape=(60, 60), positions=((25.0, 30.0), (32.0, 30.0)))
     left, right = overview(perfect_extraction(options)).axes[0].texts
-    assert (left.get_ha(), right.get_ha()) == ("right", "left")
+    assert left.xy[0] < 25
+    assert right.xy[0] > 32
 
 
 def test_ids_stay_inside_the_panel():
     options = Simulation(shape=(60, 60), positions=((1.0, 30.0), (9.0, 30.0), (58.0, 10.0)))
-    first, _, last = sorted(
-        overview(perfect_extraction(options)).axes[0].texts, key=lambda text: text.xy[0]
-    )
-    assert (first.get_ha(), last.get_ha()) == ("left", "right")
+    figure = overview(perfect_extraction(options))
+    figure.canvas.draw()
+    panel = figure.axes[0].get_window_extent()
+    labels = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(labels) == 3
+    assert all(panel.x0 < label.x0 < label.x1 < panel.x1 for label in labels)
 
 
 def test_sources_without_a_shape_are_crosses():
@@ -362,6 +456,22 @@ def test_comparison_counts_and_measures(measured):
     assert_allclose(numbers["flux density"], [2, 1], atol=0.4)
     assert_allclose(numbers["RA"], [0, 1], atol=0.4)
     assert_allclose(numbers["Dec"], [0, 1], atol=0.4)
+
+
+@pytest.mark.parametrize(("low", "high"), [(8, 100), (11, 18), (30, 45), (3, 5000)])
+def test_the_axis_of_signal_to_noise_has_labels(measured, low, high):
+    catalog, truth, matches = measured
+    catalog = catalog.copy()
+    catalog["SNR"] = np.geomspace(low, high, len(catalog))
+    figure = comparison(catalog, truth, matches)
+    figure.canvas.draw()
+    axis = figure.axes[0].xaxis
+    shown = [
+        text.get_text()
+        for text, place in zip(axis.get_ticklabels(), axis.get_ticklocs(), strict=True)
+        if axis.get_view_interval()[0] <= place <= axis.get_view_interval()[1]
+    ]
+    assert 2 <= len([text for text in shown if text]) <= 12
 
 
 def test_east_is_left_in_the_offsets(measured):

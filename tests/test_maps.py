@@ -116,6 +116,14 @@ def test_map_in_jy_per_beam_is_read_as_it_is(tmp_path: Path) -> None:
     assert_allclose(read.beam_fwhm_pix, 4.0 / math.sqrt(2.0), rtol=1e-7)
 
 
+def test_a_map_shows_itself_on_one_line(tmp_path: Path) -> None:
+    shown = repr(read_map(write(tmp_path / "field.fits", header=make_header(BUNIT="MJy/sr"))))
+    beam = f"beam {3600 * BEAM_DEG:.3g} x {1800 * BEAM_DEG:.3g} arcsec"
+    assert shown == (
+        f"<Map 'field': {NX} x {NY} pixels of 2 arcsec, Jy/beam (read as MJy / sr), {beam}, icrs>"
+    )
+
+
 @pytest.mark.parametrize("ending", ["fits", "fits.gz", "fits.fz", "FITS", "fit"])
 def test_every_container_gives_the_same_map(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"a.b.{ending}"
@@ -303,6 +311,26 @@ def test_what_is_no_unit_of_brightness(text: str) -> None:
         brightness_unit(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("Jy", True), ("mJy", True), ("JY/PIXEL", False), ("Jy/px", False), ("MJy/sr", False)],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_unit_that_does_not_say_per_what_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, said: bool, given: bool
+) -> None:
+    path = write(tmp_path / "m.fits", header=make_header(BUNIT=None if given else text))
+    with caplog.at_level("WARNING", "hyperjax"):
+        read_map(path, unit=text if given else None)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == said
+    for message in messages:
+        assert message.startswith(f"{path}: the unit {text!r}")
+        assert "read as per pixel" in message
+        assert "units.map_unit" in message
+        assert "--unit" in message
+
+
 def beam_area(unit: u.UnitBase = u.arcsec**2) -> float:
     return (GAUSSIAN_AREA * BEAM_DEG**2 / 2 * u.deg**2).to_value(unit)
 
@@ -422,6 +450,18 @@ def test_beam_in_the_header(
         header["HISTORY"] = line
     beam = read_map(write(tmp_path / "m.fits", header=header)).beam
     assert_allclose((beam.major_arcsec, beam.minor_arcsec, beam.pa_deg), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("frame", ["icrs", "galactic", "fk4"])
+def test_the_beams_angle_in_icrs_is_that_of_its_tip(tmp_path: Path, frame: str) -> None:
+    """BPA is East of North in the frame of the map, whatever the map's rotation."""
+    wcs = make_wcs(frame=frame, rotation=25.0)
+    read = read_map(write(tmp_path / "m.fits", header=make_header(wcs, BPA=30.0)))
+    centre = wcs.pixel_to_world(0.5 * (NX - 1), 0.5 * (NY - 1))
+    tip = centre.directional_offset_by(30 * u.deg, 10 * u.arcsec)
+    expected = centre.icrs.position_angle(tip.icrs).to_value("deg") % 180
+    assert_allclose(read.beam_pa_icrs_deg, expected, atol=1e-3)
+    assert (abs(read.beam_pa_icrs_deg - 30.0) > 1) == (frame == "galactic")
 
 
 def test_the_beam_given_goes_before_survey_and_header(tmp_path: Path) -> None:
@@ -770,7 +810,7 @@ UNIT_REMEDIES = ["units.map_unit", "--unit"]
 BAD = {
     "missing": (missing, MissingFileError, ["no such file"]),
     "folder": (folder, MissingFileError, ["folder"]),
-    "text": (text, NotFitsError, ["not a FITS file"]),
+    "text": (text, NotFitsError, ["not a FITS file", "(No SIMPLE card found, this file does not"]),
     "empty": (empty, NotFitsError, ["not a FITS file"]),
     "cut in the data": (cut_in_data, NotFitsError, ["cut short"]),
     "cut in the header": (cut_in_header, NotFitsError, ["cut short"]),
@@ -814,6 +854,7 @@ def assert_one_clear_line(error: HyperjaxError, path: Path, words: list[str]) ->
     message = str(error)
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
+    assert "ignore_missing" not in message, "a hint of astropy's on its own options"
     for word in words:
         assert word in message
 

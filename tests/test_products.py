@@ -98,6 +98,7 @@ def make_extraction(n=3, name="M1", unit=u.Jy / u.beam, native=1.0, wcs=None, fr
     residual[:3] = np.nan
     data = background + model + residual
     return SimpleNamespace(
+        config=Config(),
         map=Map(name, None, data, wcs, Beam(12.0, 9.0, 30.0), unit, native, frame),
         catalog=make_catalog(n, wcs, name),
         model=model,

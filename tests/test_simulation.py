@@ -492,3 +492,8 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match="a file is in the place of an output folder"):
         write_simulation(simulate(CLEAN), tmp_path / "file" / "sim.fits")
+
+
+def test_a_simulated_map_shows_itself_on_one_line() -> None:
+    simulated = simulate(Simulation(shape=(40, 50), n_sources=2, unit="MJy/sr"))
+    assert repr(simulated) == "<Simulated: 50 x 40 pixels in MJy/sr, 2 sources on the map>"

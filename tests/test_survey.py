@@ -22,9 +22,17 @@ from hyperjax.catalog import COLUMNS
 from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict
 from hyperjax.errors import BlankMapError, MissingFileError, OutputError
-from hyperjax.logs import collected, log_file, replay
+from hyperjax.logs import collected, counted, log_file, replay
 from hyperjax.products import Layout, write_extraction
-from hyperjax.survey import MapOutcome, SurveyResult, n_jobs, run, run_hyper, survey_result
+from hyperjax.survey import (
+    MapOutcome,
+    SurveyResult,
+    distinct_maps,
+    n_jobs,
+    run,
+    run_hyper,
+    survey_result,
+)
 
 
 def write_map(path: Path, **cards: object) -> Path:
@@ -100,7 +108,7 @@ def test_good_map_gives_catalogue_files_times_and_log(tmp_path: Path) -> None:
     assert outcome.files[0] == tmp_path / "out/params/params_orion.ecsv"
     assert all(file.is_file() for file in outcome.files)
     assert outcome.log == tmp_path / "out/logs/orion.log"
-    assert "orion: 1 sources" in outcome.log.read_text()
+    assert "orion: 1 source (" in outcome.log.read_text()
 
 
 def test_what_the_configuration_says_of_the_map_reaches_the_reader(
@@ -149,7 +157,7 @@ def test_unforeseen_exception_is_reported_with_its_log(
     assert outcome.exit_code == 1
     assert outcome.error
     assert "ZeroDivisionError" in outcome.error
-    assert str(outcome.log) in outcome.error
+    assert outcome.log == tmp_path / "out/logs/m.log"
     assert "\n" not in outcome.error
     assert "return 1 / 0" in (outcome.traceback or "")
     assert "return 1 / 0" in (tmp_path / "out/logs/m.log").read_text()
@@ -195,21 +203,71 @@ def test_maps_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
     ],
 )
 def test_names_are_unique_and_no_longer_than_needed(paths: list[str], names: list[str]) -> None:
-    assert list(survey._unique_names(paths, Config()).values()) == names
+    maps = [Path(path) for path in paths]
+    assert list(survey._unique_names(maps, Config()).items()) == list(zip(maps, names, strict=True))
 
 
 @pytest.mark.usefixtures("extract_with")
 def test_map_given_twice_is_worked_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_map(tmp_path / "m.fits")
+    (tmp_path / "link.fits").symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    assert len(list(run([path, "m.fits"], Config(), tmp_path / "out"))) == 1
+    maps = ["m.fits", path, "../" + tmp_path.name + "/m.fits", "link.fits"]
+    assert distinct_maps(maps) == [Path("m.fits")]
+    (outcome,) = run(maps, Config(), tmp_path / "out")
+    assert (outcome.path, outcome.name) == (Path("m.fits"), "m")
+    log = (tmp_path / "out/logs/hyperjax.log").read_text()
+    assert log.count("m.fits: given more than once, worked on once") == 1
+    assert "1 map finished, 0 failed" in log
 
 
-def test_nothing_is_written_if_no_map_is_there(tmp_path: Path) -> None:
-    (outcome,) = run([tmp_path / "m.fits"], Config(), tmp_path / "out")
-    assert outcome.exit_code == MissingFileError.exit_code
-    assert outcome.log is None
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_nothing_is_written_if_no_map_can_be_read(tmp_path: Path, jobs: int) -> None:
+    maps = [tmp_path / "missing.fits", write_map(tmp_path / "no_beam.fits", BMAJ=None)]
+    outcomes = list(run(maps, Config(), tmp_path / "out", jobs))
+    assert sorted(outcome.exit_code for outcome in outcomes) == [MissingFileError.exit_code, 3]
+    assert [outcome.log for outcome in outcomes] == [None, None]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("extract_with")
+def test_a_map_that_cannot_be_read_is_in_the_log_of_the_run_only(tmp_path: Path) -> None:
+    maps = [write_map(tmp_path / "no_beam.fits", BMAJ=None), write_map(tmp_path / "m.fits")]
+    failed, finished = run(maps, Config(), tmp_path / "out")
+    assert (failed.log, finished.log) == (None, tmp_path / "out/logs/m.log")
+    logs = sorted(path.name for path in (tmp_path / "out/logs").iterdir())
+    assert logs == ["hyperjax.log", "m.log"]
+    log = (tmp_path / "out/logs/hyperjax.log").read_text()
+    assert "configuration: " in log
+    assert f"{maps[0]}: no beam" in log
+    assert "1 map finished, 1 failed" in log
+
+
+@pytest.mark.parametrize(
+    ("brightest", "words"),
+    [
+        (3.21, "pixel has 3.21 times the noise; lower --sigma or detection.sigma_thres"),
+        (7.5, "pixel has 7.5 times the noise but is too close to an edge (photometry.aper_inf)"),
+    ],
+)
+def test_a_map_without_sources_says_what_would_have_been_one(
+    tmp_path: Path, extract_with: Callable[[Any], None], brightest: float, words: str
+) -> None:
+    def nothing(image: Any, config: Config) -> Any:
+        found = one_source(image, config)
+        found.catalog = found.catalog[:0]
+        found.residual = np.zeros(image.shape)
+        found.residual[3, 3] = brightest * 1e-3
+        return found
+
+    extract_with(nothing)
+    config = config_from_dict({"units": {"convert_mJy": False}})
+    (outcome,) = run([write_map(tmp_path / "m.fits")], config, tmp_path / "out")
+    assert outcome.ok
+    assert outcome.log is not None
+    (line,) = (line for line in outcome.log.read_text().splitlines() if "WARNING" in line)
+    assert "m: no source of 5 times the noise (0.005 Jy/beam) or more" in line
+    assert words in line
 
 
 @pytest.mark.parametrize("at", ["out", "out/params", "out/logs"])
@@ -254,6 +312,22 @@ def test_exit_code(codes: list[int], expected: int, tmp_path: Path) -> None:
 def test_no_map_finished_means_no_catalogue(tmp_path: Path) -> None:
     result = SurveyResult((outcome_of(0, 3),), Layout.from_config(Config(), tmp_path))
     assert result.catalog is None
+
+
+def test_a_result_shows_itself_on_one_line(tmp_path: Path) -> None:
+    outcomes = outcome_of(0, 3), outcome_of(1, 0), outcome_of(2, 0)
+    result = SurveyResult(outcomes, Layout.from_config(Config(), tmp_path))
+    where = tmp_path / "params"
+    assert repr(result) == f"<SurveyResult: 2 maps finished, 1 failed, 0 sources in {where}>"
+
+
+def test_options_without_effect_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_from_dict({"fit_options": {"fit_aperture_sigma": 1.0}})
+    with caplog.at_level(logging.INFO, "hyperjax"):
+        list(run([tmp_path / "m.fits"], config, tmp_path / "out"))
+    assert "fit_options.fit_aperture_sigma: HYPER's default is accepted, but has no" in caplog.text
 
 
 # --- run_hyper -----------------------------------------------------------------------------------
@@ -399,8 +473,7 @@ def test_outcomes_of_other_processes_are_put_in_order(tmp_path: Path) -> None:
     outcomes = run(maps, Config(), tmp_path / "out", jobs=2)
     result = survey_result(outcomes, Layout.from_config(Config(), tmp_path / "out"))
     assert [outcome.exit_code for outcome in result.outcomes] == [2, 3]
-    assert "no_beam.fits" in (tmp_path / "out/logs/no_beam.log").read_text()
-    assert "no_beam.fits" in (tmp_path / "out/logs/hyperjax.log").read_text()
+    assert "no_beam.fits" in (result.outcomes[1].error or "")
 
 
 # --- Logs ----------------------------------------------------------------------------------------
@@ -409,21 +482,39 @@ def test_outcomes_of_other_processes_are_put_in_order(tmp_path: Path) -> None:
 def test_log_file_leaves_the_loggers_as_they_were(tmp_path: Path) -> None:
     library = logging.getLogger("hyperjax")
     before = (library.level, list(library.handlers))
+    with log_file(tmp_path / "logs/m.log") as begin:
+        logging.getLogger("hyperjax.maps").info("read")
+        assert begin() == tmp_path / "logs/m.log"
+        logging.getLogger("hyperjax.maps").debug("a detail")
+        logging.getLogger("hyperjax.maps").info("fitted")
+        assert "fitted" in (tmp_path / "logs/m.log").read_text()
+    logging.getLogger("hyperjax.maps").info("later")
+    lines = (tmp_path / "logs/m.log").read_text().splitlines()
+    assert [line.split("INFO")[1] for line in lines] == [
+        "    hyperjax.maps: read",
+        "    hyperjax.maps: fitted",
+    ]
+    assert (library.level, library.handlers) == before
+
+
+def test_a_log_that_never_begins_is_no_file(tmp_path: Path) -> None:
     with log_file(tmp_path / "logs/m.log"):
         logging.getLogger("hyperjax.maps").info("read")
-        logging.getLogger("hyperjax.maps").debug("a detail")
-        assert "read" in (tmp_path / "logs/m.log").read_text()
-    logging.getLogger("hyperjax.maps").info("later")
-    text = (tmp_path / "logs/m.log").read_text()
-    assert text.count("\n") == 1
-    assert "INFO    hyperjax.maps: read" in text
-    assert (library.level, library.handlers) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_log_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
-    with pytest.raises(OutputError, match=r"m\.log"), log_file(tmp_path / "logs/m.log"):
-        pass
+    with (
+        log_file(tmp_path / "logs/m.log") as begin,
+        pytest.raises(OutputError, match=r"m\.log.*-o"),
+    ):
+        begin()
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 maps"), (1, "1 map"), (2, "2 maps")])
+def test_things_are_counted_in_words(number: int, words: str) -> None:
+    assert counted(number, "map") == words
 
 
 def test_collected_records_are_handled_again_where_they_are_wanted(
