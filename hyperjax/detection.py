@@ -104,14 +104,13 @@ def detect(
     return found
 
 
-def with_companions(first: Detections, more: Detections, separation_pix: float) -> Detections:
-    """Detections, and after them those of `more` that are not closer than a separation to one."""
-    if len(first.x) == 0 or len(more.x) == 0:
-        new = np.ones(len(more.x), bool)
-    else:
-        tree = KDTree(np.column_stack([first.x, first.y]))
-        new = tree.query(np.column_stack([more.x, more.y]))[0] >= separation_pix
-    return Detections(*(np.concatenate([a, b[new]]) for a, b in zip(first, more, strict=True)))
+def companions(known: Detections, more: Detections, separation_pix: float) -> Detections:
+    """Those of `more` that are not closer than a separation to a known source."""
+    if len(known.x) == 0 or len(more.x) == 0:
+        return more
+    tree = KDTree(np.column_stack([known.x, known.y]))
+    new = tree.query(np.column_stack([more.x, more.y]))[0] >= separation_pix
+    return Detections(*(column[new] for column in more))
 
 
 def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: str) -> int:

@@ -8,6 +8,9 @@ from uuid import uuid4
 
 from hyperjax.errors import OutputError
 
+_temporaries: set[Path] = set()
+"""Temporary files of this process that may exist now."""
+
 _ANOTHER_FOLDER = "choose another output folder with -o or paths.output.dir_root"
 
 
@@ -36,14 +39,26 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     endings = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
     temporary = target.with_name(f".hyperjax-{uuid4().hex}{endings}")
+    _temporaries.add(temporary)
     try:
         with _output_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, target)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        _temporaries.discard(temporary)
+
+
+def remove_temporaries() -> None:
+    """Remove the temporary files of a process that is about to end without further ado."""
+    for temporary in list(_temporaries):
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def write_together(writers: Mapping[Path, Callable[[Path], object]]) -> list[Path]:

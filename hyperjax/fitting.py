@@ -41,8 +41,8 @@ PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
 _ORDERS = (2, 4)  # that code is compiled for; lower ones hold coefficients at 0
-_BLOCKS = (512, 4096)  # problems per call: few sizes, so few compilations
-_BLOCK_BYTES = 256_000_000  # of data and weights in one call; at least a device's lanes go in
+_BLOCKS, _DEVICE_BLOCKS = (256, 1024), (1024, 16384)  # problems per call; processors, others
+_BLOCK_BYTES = 256_000_000  # of their data and weights, at most
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -202,11 +202,12 @@ def solve_block(model: Model, problems: Problem, options: FitOptions) -> Solutio
     return _gathered(solved, devices, count)
 
 
-def block_sizes(model: Model, dtype: Any) -> tuple[int, ...]:
-    """Numbers of problems that are solved in one call: few, so that there are few compilations."""
+def block_sizes(model: Model, dtype: Any) -> list[int]:
+    """Numbers of problems that are solved in one call: few, so that there are few programs."""
     ny, nx = model.grid.shape
     most = max(_BLOCK_BYTES // (2 * ny * nx * np.dtype(dtype).itemsize), 1)
-    return tuple(size for size in _BLOCKS if size <= most) or (2 ** int(np.log2(most)),)
+    wanted = _BLOCKS if jax.default_backend() == "cpu" else _DEVICE_BLOCKS
+    return sorted({min(size, 2 ** int(np.log2(most))) for size in wanted})
 
 
 def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
@@ -281,7 +282,7 @@ def lanes_for(model: Model, dtype: Any) -> int:
     rows = model.slots * (model.slots + 1) // 2 + 2 * model.slots + 1
     lane = rows * ny * nx * np.dtype(dtype).itemsize
     on_cpu = jax.default_backend() == "cpu"
-    room, most = (_LANE_BYTES, 64) if on_cpu else (_DEVICE_BYTES, _BLOCKS[-1])
+    room, most = (_LANE_BYTES, 64) if on_cpu else (_DEVICE_BYTES, _DEVICE_BLOCKS[-1])
     return int(np.clip(2 ** int(np.log2(max(room // lane, 1))), 1, most))
 
 

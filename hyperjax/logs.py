@@ -5,6 +5,7 @@ logs begin when there is something to log of.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +14,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from hyperjax.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 LIBRARY = ("hyperjax", "py.warnings")
 """Loggers of the library, and of Python's warnings where they are captured."""
@@ -120,3 +123,14 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
             logger.handle(record)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str, map_name: str) -> Iterator[None]:
+    """Note the wall-clock time of a step of the work on a map."""
+    logger.debug("%s: %s", map_name, step)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = time.perf_counter() - start

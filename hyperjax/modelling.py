@@ -78,7 +78,7 @@ def model_sources(
     known
         Fits, from an earlier call, of the first of the sources `found`. Without them there is one
         quick sweep, with neighbours masked and the highest order of the background alone, else
-        `fit_options.sweeps`, with neighbours subtracted. The first of these compares the orders.
+        `fit_options.sweeps`, with neighbours subtracted. The last of these compares the orders.
     """
     options = config.fit_options
     x, y = found.x, found.y
@@ -92,27 +92,20 @@ def model_sources(
 
     turn = turns(placed.members, group)
     before = None if known is None else _with_new(known, start)
-    orders = _candidate_orders(len(placed.members), config)
-    if known is None:
-        orders = orders.max(axis=1, keepdims=True)
-    for _ in range(1 if known is None else options.sweeps):
+    joint = config.background.fit_gauss_and_bg_together
+    orders = config.background.polynomial_orders if joint else (-1,)
+    highest = [(max(orders),)] * (1 if known is None else options.sweeps - 1)
+    for tried in highest if known is None else [*highest, orders]:
         fits, backgrounds = _sweep(
-            data, rms, placed, turn, orders, start, before, separate, fwhm_pix, config
+            data, rms, placed, turn, tried, start, before, separate, fwhm_pix, config
         )
-        before, orders = fits, backgrounds.orders[:, None]
+        before = fits
     if separate is not None:
         fits, backgrounds = _with_separate(fits, backgrounds, separate, placed)
     level = level_at(placed, backgrounds, fits.x, fits.y)
     fits = fits._replace(background=level)
     size = np.bincount(group)[group] if len(x) else group
     return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
-
-
-def _candidate_orders(count: int, config: Config) -> NDArray[np.int_]:
-    """The orders (block, candidate) of the polynomial that is fitted with the sources."""
-    background = config.background
-    orders = background.polynomial_orders if background.fit_gauss_and_bg_together else (-1,)
-    return np.tile(np.array(orders, int), (count, 1))
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -161,7 +154,7 @@ def _sweep(
     rms: NDArray[np.float64],
     placed: Windows,
     turn: NDArray[np.int_],
-    orders: NDArray[np.int_],
+    orders: tuple[int, ...],
     start: _Start,
     last: SourceFits | None,
     separate: Backgrounds | None,
@@ -170,7 +163,7 @@ def _sweep(
 ) -> tuple[SourceFits, Backgrounds]:
     """Fit all blocks once, with what is known of the others (`last`) subtracted.
 
-    Of the `orders` (block, candidate) of the background that are tried the best one is kept.
+    Of the `orders` of the background that are tried the best one is kept.
 
     Blocks of one group overlap: each sees what came out of those whose turn was before. All at
     once, they would run away from each other.
@@ -188,7 +181,7 @@ def _sweep(
                 image = image - separate.images(placed, which)
             weight = _weights(image, noise, usable, config.fit_options.weights)
             batch = _batch(image, weight, placed, which, slots, start, last)
-            result, order, second = _best_fit(batch, orders[which], config)
+            result, order, second = _best_fit(batch, orders, config)
             if config.fit_options.weights != "inverse_rms":
                 batch = batch._replace(start=result.params, order=order)
                 result = result._replace(covariance=_sandwich(batch, result, noise))
@@ -369,16 +362,16 @@ def _batch(
 
 
 def _best_fit(
-    batch: GroupBatch, orders: NDArray[np.int_], config: Config
+    batch: GroupBatch, orders: tuple[int, ...], config: Config
 ) -> tuple[FitResult, NDArray[np.int_], NDArray[np.bool_]]:
     """The best of some background orders of each group, with a second try for fits that failed.
 
-    Every order (group, candidate) is one more problem of the batch. Returns the fits, the orders,
-    and which fits needed the second try.
+    Every order is one more problem of the batch. Returns the fits, the orders, and which fits
+    needed the second try.
     """
-    count, tried = orders.shape
+    count, tried = len(batch.data), len(orders)
     candidates = GroupBatch(*(np.concatenate([leaf] * tried) for leaf in batch))
-    candidates = candidates._replace(order=orders.T.ravel())
+    candidates = candidates._replace(order=np.repeat(orders, count))
     result = fit_groups(candidates, _fit_options(config))
     result, repeated = _second_try(candidates, result, config)
     best = np.argmin(_criterion(result, config).reshape(tried, count), axis=0)

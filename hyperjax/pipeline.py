@@ -1,9 +1,6 @@
 """The way of one map from pixels to a catalogue."""
 
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +10,11 @@ from numpy.typing import NDArray
 from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
-from hyperjax.detection import Detections, detect, filter_size, high_pass, with_companions
+from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError
+from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
-from hyperjax.modelling import model_sources, unfitted
+from hyperjax.modelling import Modelled, model_sources, unfitted
 from hyperjax.noise import clipped_rms
 from hyperjax.photometry import Apertures, aperture_photometry
 from hyperjax.sources import render_sources
@@ -81,38 +79,26 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map has no noise, so that no signal-to-noise ratio can be had.
     """
     seconds: dict[str, float] = {}
-    fwhm, name = map.beam_fwhm_pix, str(map.path or map.name)
-    size = filter_size(fwhm, config.detection.kernel_size_pix, map.shape, name)
-    with _timed(seconds, "detection"):
+    with timed(seconds, "detection", map.name):
+        size = _filter_size(map, config)
         filtered = high_pass(map.data, size)
         rms = scatter = _noise(map, filtered, config)
         found = _detect(map, filtered, scatter, config)
     if config.control.detection_only:
-        modelled, fits = None, unfitted(found, fwhm, config)
+        modelled, fits = None, unfitted(found, map.beam_fwhm_pix, config)
     else:
-        with _timed(seconds, "first fit"):
-            noise = np.where(np.isfinite(map.data), rms, np.nan)
-            first = model_sources(map.data, noise, found, fwhm, config).fits
-        with _timed(seconds, "companions"):
-            rest = high_pass(map.data - render_sources(map.shape, first), size)
-            if not config.detection.use_manual_rms:  # without the dips that sources leave
-                rms = clipped_rms(rest) or scatter
-            more = _detect(map, rest, scatter, config)
-            found = with_companions(found, more, _separation(map, config))
-        with _timed(seconds, "fit"):
-            noise = np.where(np.isfinite(map.data), rms, np.nan)
-            modelled = model_sources(map.data, noise, found, fwhm, config, first)
-            fits = modelled.fits
-    with _timed(seconds, "images"):
+        modelled, found, rms = _modelled(map, found, scatter, config, seconds)
+        fits = modelled.fits
+    with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
         background = map.data - model - high_pass(map.data - model, size)
         if modelled is not None:
             background = mosaic(modelled.placed, modelled.backgrounds, fits, background)
         residual = map.data - background - model
-    with _timed(seconds, "photometry"):
+    with timed(seconds, "photometry", map.name):
         ratio = config.photometry.fwhm_radius_ratio
         apertures = aperture_photometry(residual, fits, rms, ratio)
-    with _timed(seconds, "catalogue"):
+    with timed(seconds, "catalogue", map.name):
         order = np.argsort(-found.peak, kind="stable")
         found = Detections(*(column[order] for column in found))
         found = found._replace(rms=np.full(len(order), rms))
@@ -125,9 +111,44 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             shoulder_threshold=config.detection.shoulder_threshold,
         )
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
-    logger.info("%s: noise %.4g Jy/beam, %d sources (%s)", map.name, rms, len(order), took)
-    noise = np.where(np.isfinite(map.data), rms, np.nan)
+    sources = counted(len(order), "source")
+    logger.info("%s: noise %.4g Jy/beam, %s (%s)", map.name, rms, sources, took)
+    noise = _noise_map(map, rms)
     return Extraction(map, config, catalog, model, background, residual, noise, found, seconds)
+
+
+def _modelled(
+    map: Map, found: Detections, scatter: float, config: Config, seconds: dict[str, float]
+) -> tuple[Modelled, Detections, float]:
+    """Fit all sources, look for companions in what is left, and fit all again.
+
+    Returns the fits, the detections with the companions, and the noise of the residual: without
+    the dips that sources leave in a filtered map.
+    """
+    fwhm, rms = map.beam_fwhm_pix, scatter
+    with timed(seconds, "first fit", map.name):
+        first = model_sources(map.data, _noise_map(map, rms), found, fwhm, config).fits
+    with timed(seconds, "companions", map.name):
+        rest = high_pass(map.data - render_sources(map.shape, first), _filter_size(map, config))
+        if not config.detection.use_manual_rms:
+            rms = clipped_rms(rest) or scatter
+        fitted = found._replace(x=first.x, y=first.y)
+        new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
+        found = Detections(*(np.concatenate(pair) for pair in zip(found, new, strict=True)))
+    with timed(seconds, "fit", map.name):
+        modelled = model_sources(map.data, _noise_map(map, rms), found, fwhm, config, first)
+    return modelled, found, rms
+
+
+def _filter_size(map: Map, config: Config) -> int:
+    """Side of the box of the high-pass filter, pixels."""
+    wanted, source = config.detection.kernel_size_pix, str(map.path or map.name)
+    return filter_size(map.beam_fwhm_pix, wanted, map.shape, source)
+
+
+def _noise_map(map: Map, rms: float) -> NDArray[np.float64]:
+    """The noise of every pixel; NaN where the map is blank."""
+    return np.where(np.isfinite(map.data), rms, np.nan)
 
 
 def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Config) -> Detections:
@@ -161,11 +182,3 @@ def _separation(map: Map, config: Config) -> float:
     """Smallest separation of two detected peaks, pixels."""
     wanted = config.detection.dist_limit_arcsec
     return wanted / map.pixel_scale_arcsec if wanted > 0 else map.beam_fwhm_pix
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Note the wall-clock time of a step."""
-    start = time.perf_counter()
-    yield
-    seconds[step] = time.perf_counter() - start

@@ -38,7 +38,7 @@ class SourceFits(NamedTuple):
     group, group_size
         (n,) index of the group of sources that were linked, and its number of members.
     background
-        (n,) level of the background under the source, Jy/beam.
+        (n,) level of the background at the source's centre, Jy/beam.
     order
         (n,) order of the chosen polynomial background, -1 where there is none.
     nmse, chi2_red, bic

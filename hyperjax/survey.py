@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
@@ -33,7 +32,8 @@ from hyperjax.catalog import merge_catalogs
 from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
-from hyperjax.logs import collected, counted, log_file, replay
+from hyperjax.files import remove_temporaries
+from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
@@ -396,7 +396,7 @@ def _logged(outcome: MapOutcome, task: _Task, begin_log: Callable[[], Path]) -> 
     """
     logger.info("%s: hyperjax %s", task.path, version("hyperjax"))
     try:
-        with _timed(outcome.steps, "read"):
+        with timed(outcome.steps, "read", task.name):
             image = replace(_read(task), name=task.name)
         outcome = replace(outcome, log=begin_log())
         outcome = _extracted(outcome, image, task)
@@ -419,13 +419,13 @@ def _log_success(outcome: MapOutcome) -> None:
 def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
     """Extract the sources of a map and write the products; the steps are timed."""
     steps = outcome.steps
-    with _timed(steps, "start"):
+    with timed(steps, "start", task.name):
         extract = _extractor(task.cores)
     extraction = extract(image, task.config)
     steps.update(extraction.seconds)
     if len(extraction.catalog) == 0:
         logger.warning("%s", _why_empty(extraction))
-    with _timed(steps, "write"):
+    with timed(steps, "write", task.name):
         files = tuple(write_extraction(extraction, task.layout))
     rms = float(np.nanmedian(extraction.rms))
     return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
@@ -471,15 +471,6 @@ def _extractor(cores: int | None) -> "Callable[[Map, Config], Extraction]":
     from hyperjax.pipeline import extract
 
     return extract
-
-
-@contextmanager
-def _timed(steps: dict[str, float], step: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        steps[step] = time.perf_counter() - start
 
 
 def _failed(outcome: MapOutcome, error: BaseException) -> MapOutcome:
@@ -589,15 +580,16 @@ def _begin_process() -> None:
 
 
 def _end_process(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    """End at once: an exception would be raised inside the compiler, which crashes over it."""
+    remove_temporaries()
+    os._exit(128 + number)
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)  # removes temporary files
-        time.sleep(_LAST_SECONDS)
+        remove_temporaries()
         os._exit(1)  # the queues of the pool keep it waiting for work otherwise
 
 
