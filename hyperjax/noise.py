@@ -1,11 +1,11 @@
 """The noise of a map."""
 
 import functools
+import math
 
 import numpy as np
 from astropy.stats import sigma_clip
 from numpy.typing import NDArray
-from scipy.stats import truncnorm
 
 _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
@@ -44,5 +44,7 @@ def clipped_share(clip: float, iterations: int) -> float:
     """
     share = 1.0
     for _ in range(iterations):
-        share = float(truncnorm.std(-clip * share, clip * share))
+        a = clip * share
+        density = math.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
+        share = math.sqrt(1 - 2 * a * density / math.erf(a / math.sqrt(2)))
     return share

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -155,8 +155,9 @@ def write_extraction(
     name, catalog = extraction.map.name, extraction.catalog
     writers = _table_writers(catalog, layout, name)
     frame = region_frame(extraction.map)
-    writers[layout.region(name, "centroids")] = _text_writer(centroid_regions(catalog, frame))
-    writers[layout.region(name, "ellipses")] = _text_writer(ellipse_regions(catalog, frame))
+    crosses, ellipses = centroid_regions(catalog, frame), ellipse_regions(catalog, frame)
+    writers[layout.region(name, "centroids")] = _text_writer(crosses)
+    writers[layout.region(name, "ellipses")] = _text_writer(ellipses + crosses)
     if images:
         for kind in IMAGES:
             image = partial(_write_image, extraction.map, getattr(extraction, kind), kind)
@@ -283,7 +284,7 @@ def region_frame(map: Map) -> str:
 
 
 def centroid_regions(catalog: QTable, frame: str) -> str:
-    """Return DS9 regions of the catalogued positions: crosses.
+    """Return DS9 regions of the catalogued positions: crosses, with the HYPER_ID.
 
     Parameters
     ----------
@@ -293,11 +294,15 @@ def centroid_regions(catalog: QTable, frame: str) -> str:
         One of `DS9_FRAMES`.
     """
     rows = catalog[_is_located(catalog)]
-    return _ds9([_cross(position) for position in _positions(rows, frame)], frame)
+    crosses = [
+        PointSkyRegion(position, meta={"text": str(label)}, visual={"marker": "+"})
+        for position, label in zip(_positions(rows, frame), rows["HYPER_ID"], strict=True)
+    ]
+    return _ds9(crosses, frame)
 
 
 def ellipse_regions(catalog: QTable, frame: str) -> str:
-    """Return DS9 regions of the fitted shapes: FWHM ellipses, and crosses with the HYPER_ID.
+    """Return DS9 regions of the fitted shapes: FWHM ellipses.
 
     The full axes of an ellipse are the source's FWHMs (DS9 writes semi-axes, so half of them).
     DS9 and `regions` measure the angle of the first axis from West through North, i.e. it is the
@@ -306,13 +311,11 @@ def ellipse_regions(catalog: QTable, frame: str) -> str:
     Parameters
     ----------
     catalog : `~astropy.table.QTable`
-        A catalogue; rows without a finite position are left out, those without a shape are
-        crosses only.
+        A catalogue; rows without a finite position or without a shape are left out.
     frame : str
         One of `DS9_FRAMES`.
     """
-    located = catalog[_is_located(catalog)]
-    shaped = located[has_shape(located)]
+    shaped = catalog[_is_located(catalog) & has_shape(catalog)]
     angle = position_angles(shaped, frame) - 90 * u.deg
     ellipses = [
         EllipseSkyRegion(*row)
@@ -320,8 +323,7 @@ def ellipse_regions(catalog: QTable, frame: str) -> str:
             _positions(shaped, frame), shaped["FWHM_1"], shaped["FWHM_2"], angle, strict=True
         )
     ]
-    crosses = map(_cross, _positions(located, frame), located["HYPER_ID"])
-    return _ds9([*ellipses, *crosses], frame)
+    return _ds9(ellipses, frame)
 
 
 def position_angles(catalog: QTable, frame: str) -> Quantity:
@@ -368,15 +370,10 @@ def _positions(catalog: QTable, frame: str) -> SkyCoord:
     return SkyCoord(catalog["RA"], catalog["DEC"], frame="icrs").transform_to(frame)
 
 
-def _cross(position: SkyCoord, label: object = None) -> PointSkyRegion:
-    meta = {} if label is None else {"text": str(label)}
-    return PointSkyRegion(position, meta=meta, visual={"marker": "+"})
-
-
-def _ds9(regions: list[EllipseSkyRegion | PointSkyRegion], frame: str) -> str:
+def _ds9(regions: Sequence[EllipseSkyRegion | PointSkyRegion], frame: str) -> str:
     if not regions:
         return f"# Region file format: DS9\n{frame}\n"
-    return Regions(regions).serialize(format="ds9", precision=_REGION_DECIMALS)
+    return Regions(list(regions)).serialize(format="ds9", precision=_REGION_DECIMALS)
 
 
 def image_hdu(map: Map, image: NDArray[np.float64], kind: str) -> fits.PrimaryHDU:

@@ -14,7 +14,7 @@ from astropy.io import fits
 from astropy.table import QTable, Table
 from astropy.wcs import WCS
 from numpy.testing import assert_allclose, assert_array_equal
-from regions import EllipseSkyRegion, PointSkyRegion, Regions
+from regions import EllipseSkyRegion, Regions
 
 from hyperjax import products
 from hyperjax.config import Config
@@ -361,7 +361,7 @@ def test_regions_are_those_that_the_regions_package_writes(frame):
     shapes = zip(centre, catalog["FWHM_1"], catalog["FWHM_2"], angle, strict=True)
     theirs = Regions([EllipseSkyRegion(*shape) for shape in shapes])
     expected = Regions.parse(theirs.serialize(format="ds9", precision=12), format="ds9")
-    ours = Regions.parse(products.ellipse_regions(catalog, frame), format="ds9")[:5]
+    ours = Regions.parse(products.ellipse_regions(catalog, frame), format="ds9")
     for ellipse, other in zip(ours, expected, strict=True):
         assert ellipse.center.frame.name == other.center.frame.name == frame
         assert ellipse.center.separation(other.center) < 1e-6 * u.arcsec
@@ -377,11 +377,16 @@ def test_small_ellipses_keep_their_size():
     assert_allclose(region.width.to_value(u.arcsec), 0.012345678, rtol=1e-6)
 
 
-def test_crosses_of_the_ellipse_file_carry_the_id():
-    regions = Regions.parse(products.ellipse_regions(make_catalog(3), "icrs"), format="ds9")
-    crosses = [region for region in regions if isinstance(region, PointSkyRegion)]
-    assert [str(region.meta["text"]) for region in crosses] == ["1", "2", "3"]
-    assert len(regions) == 6
+def test_the_ellipse_file_has_crosses_with_the_id_too(layout):
+    extraction = make_extraction()
+    write_extraction(extraction, layout, images=False, plots=False)
+    both, crosses = (
+        Regions.read(layout.region("M1", kind), format="ds9") for kind in ("ellipses", "centroids")
+    )
+    ids = [str(i) for i in extraction.catalog["HYPER_ID"]]
+    for regions in (both[len(ids) :], crosses):
+        assert [str(region.meta["text"]) for region in regions] == ids
+    assert [type(region) for region in both[: len(ids)]] == [EllipseSkyRegion] * len(ids)
 
 
 def test_sources_without_shape_are_crosses_and_without_position_nothing():
@@ -390,8 +395,7 @@ def test_sources_without_shape_are_crosses_and_without_position_nothing():
     catalog["FWHM_2"][1] = 0 * u.arcsec
     catalog["PA"][2] = np.nan * u.deg
     catalog["RA"][3] = np.nan * u.deg
-    regions = Regions.parse(products.ellipse_regions(catalog, "galactic"), format="ds9")
-    assert [type(region) for region in regions] == [PointSkyRegion] * 3
+    assert len(Regions.parse(products.ellipse_regions(catalog, "galactic"), format="ds9")) == 0
     assert len(Regions.parse(products.centroid_regions(catalog, "galactic"), format="ds9")) == 3
 
 
