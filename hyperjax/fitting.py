@@ -8,7 +8,7 @@ same steps), solved in persistent lanes on every device, and brought back with i
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_shares
-from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, monomials
+from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, Scale, monomials
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -37,13 +37,16 @@ __all__ = [
     "fit_groups",
 ]
 
+Solved = TypeVar("Solved")
+
 PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
-_ORDERS = (2, 4)  # that code is compiled for; lower ones hold coefficients at 0
-_BLOCKS, _DEVICE_BLOCKS = (256, 1024), (1024, 16384)  # problems per call; processors, others
+_ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients at 0
+_BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
+_LANES = 32  # of a core, at most
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
 
@@ -140,12 +143,7 @@ class FitResult(NamedTuple):
     on_bound: Bool[Array, "group slot 6"]
 
 
-class Scale(NamedTuple):
-    """Units (group,): data = offset + unit * scaled data, weight = weight * scaled weight."""
-
-    offset: Float[Array, " group"]
-    unit: Float[Array, " group"]
-    weight: Float[Array, " group"]
+Finish = Callable[[], FitResult]
 
 
 def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -175,22 +173,38 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     highest = next(order for order in _ORDERS if batch.order.max() <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
 
-    def fit(piece: GroupBatch) -> FitResult:
-        problems, scale = to_problems(np, model, piece, options)
-        return to_results(np, model, piece, scale, problems, solve_block(model, problems, options))
+    def begin(piece: GroupBatch) -> Finish:
+        problems = to_problems(np, model, piece, options)
+        solved = solve_block(model, problems, options)
+        return lambda: _to_results(model, piece, problems.free, *solved())
 
-    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype)[-1])
+    return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
 
 
-def in_pieces(fit: Callable[[Any], FitResult], batch: Any, size: int) -> FitResult:
-    """Fit `size` groups of the batch at a time, so that little more than the batch is in memory."""
-    pieces = range(0, len(batch.data), size)
-    fits = [fit(type(batch)(*(leaf[i : i + size] for leaf in batch))) for i in pieces]
+def in_pieces(begin: Callable[[GroupBatch], Finish], batch: GroupBatch, size: int) -> FitResult:
+    """Fit `size` groups of the batch at a time, so that little more than the batch is in memory.
+
+    `begin` starts the fit of a piece and returns what waits for its end: the next piece is made
+    ready while the devices work.
+    """
+    fits, waiting = [], None
+    for first in range(0, len(batch.data), size):
+        finish = begin(GroupBatch(*(leaf[first : first + size] for leaf in batch)))
+        if waiting is not None:
+            fits.append(waiting())
+        waiting = finish
+    if waiting is not None:
+        fits.append(waiting())
     return FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
 
 
-def solve_block(model: Model, problems: Problem, options: FitOptions) -> Solution:
-    """Solve at most the largest of the `block_sizes` problems, on all devices."""
+def solve_block(
+    model: Model, problems: Problem, options: FitOptions
+) -> Callable[[], tuple[Solution, Scale]]:
+    """Start to solve at most the largest of the `block_sizes` problems, on all devices.
+
+    Returns what waits for the solutions.
+    """
     dtype = problems.data.dtype
     count, devices = len(problems.data), len(jax.local_devices())
     size = next(size for size in block_sizes(model, dtype) if size >= count)
@@ -199,7 +213,7 @@ def solve_block(model: Model, problems: Problem, options: FitOptions) -> Solutio
     solved = solve_shares(
         model, lanes_for(model, dtype), dealt, tolerances_of(options, dtype), counts
     )
-    return _gathered(solved, devices, count)
+    return lambda: _gathered(solved, devices, count)
 
 
 def block_sizes(model: Model, dtype: Any) -> list[int]:
@@ -282,7 +296,7 @@ def lanes_for(model: Model, dtype: Any) -> int:
     rows = model.slots * (model.slots + 1) // 2 + 2 * model.slots + 1
     lane = rows * ny * nx * np.dtype(dtype).itemsize
     on_cpu = jax.default_backend() == "cpu"
-    room, most = (_LANE_BYTES, 64) if on_cpu else (_DEVICE_BYTES, _DEVICE_BLOCKS[-1])
+    room, most = (_LANE_BYTES, _LANES) if on_cpu else (_DEVICE_BYTES, _DEVICE_BLOCKS[-1])
     return int(np.clip(2 ** int(np.log2(max(room // lane, 1))), 1, most))
 
 
@@ -303,8 +317,8 @@ def _dealt(problems: Problem, devices: int, share: int) -> Problem:
     return jax.tree.map(deal, problems)
 
 
-def _gathered(solution: Solution, devices: int, count: int) -> Solution:
-    """Undo `_dealt`: the first `count` solutions, in the order of the problems."""
+def _gathered(solved: Solved, devices: int, count: int) -> Solved:
+    """Undo `_dealt`: the first `count` entries, in the order of the problems."""
 
     def gather(leaf: Array) -> np.ndarray:
         out = np.empty((count, *leaf.shape[1:]), leaf.dtype)
@@ -314,7 +328,7 @@ def _gathered(solution: Solution, devices: int, count: int) -> Solution:
             mine[:] = share[: len(mine)]
         return out
 
-    return jax.tree.map(gather, solution)
+    return jax.tree.map(gather, solved)
 
 
 # --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------
@@ -322,30 +336,15 @@ def _gathered(solution: Solution, devices: int, count: int) -> Solution:
 
 def to_problems(
     xp: ModuleType, model: GaussianGroup, batch: GroupBatch, options: FitOptions
-) -> tuple[Problem, Scale]:
-    """The groups in scaled coordinates, with data of unit scale about their mean."""
+) -> Problem:
+    """The groups in scaled coordinates, with the brightness as it is (`GaussianGroup.scaled`)."""
     count, slots = batch.present.shape
     dtype = batch.data.dtype
-    weight = batch.weight.reshape(count, -1)
-    valid = weight > 0
-    data = xp.where(valid, batch.data.reshape(count, -1), 0)
-    pixels = xp.maximum(xp.sum(valid, 1), 1).astype(dtype)
-    mean_weight = _or_one(xp, xp.sum(weight, 1) / pixels)
-    share = weight / mean_weight[:, None]
-    root = xp.where(valid, xp.sqrt(xp.where(valid, share, 1)), 0)
-    mean = xp.sum(share * data, 1) / pixels
-    deviation = xp.where(valid, data - mean[:, None], 0)
-    largest = _constant(xp, _or_one(xp, xp.max(xp.abs(deviation), 1)))
-    squares = _or_one(xp, xp.sum(share * (deviation / largest[:, None]) ** 2, 1))
-    unit = largest * xp.sqrt(squares / pixels)
-    offset = xp.where(batch.order >= 0, mean, 0).astype(dtype)
-    scale = Scale(offset, unit, mean_weight)
-
     there = batch.present[..., None]
     free = batch.free & there
     low, high = _sigma_bounds(xp, batch)
     start = xp.where(free, _feasible(xp, batch, low, high), batch.start)
-    start = xp.where(there, _to_engine(xp, model.grid, unit, start), 0)
+    start = xp.where(there, _to_engine(xp, model.grid, start), 0)
     degrees = np.array([sum(powers) for powers in monomials(model.order)])
     smooth = (count, len(degrees))
     edge = np.full(smooth, np.inf, dtype)
@@ -353,48 +352,46 @@ def to_problems(
     def whole(sources: Array, background: Array) -> Array:
         return xp.concatenate([sources.reshape(count, -1), background], 1)
 
-    problems = Problem(
-        data=xp.where(valid, data - offset[:, None], 0) / unit[:, None],
-        weight=root,
+    return Problem(
+        data=batch.data.reshape(count, -1),
+        weight=batch.weight.reshape(count, -1),
         start=whole(start, np.zeros(smooth, dtype)),
-        lower=whole(_bounds(xp, model.grid, unit, batch.lower, low, -np.inf), -edge),
-        upper=whole(_bounds(xp, model.grid, unit, batch.upper, high, np.inf), edge),
+        lower=whole(_bounds(xp, model.grid, batch.lower, low, -np.inf), -edge),
+        upper=whole(_bounds(xp, model.grid, batch.upper, high, np.inf), edge),
         free=whole(free, degrees <= batch.order[:, None]),
         ridge=whole(
             np.zeros((count, slots * SHAPE), dtype), np.full(smooth, options.lambda_l2, dtype)
         ),
-        f_scale=(options.f_scale / (unit * xp.sqrt(mean_weight))).astype(dtype),
+        f_scale=np.full(count, options.f_scale, dtype),
         weight_moments=np.zeros((count, len(monomials(model.degree))), dtype),
     )
-    return problems, scale
 
 
-def to_results(
-    xp: ModuleType,
+def _to_results(
     model: GaussianGroup,
     batch: GroupBatch,
-    scale: Scale,
-    problems: Problem,
+    free: Bool[np.ndarray, "group P"],
     solution: Solution,
+    scale: Scale,
 ) -> FitResult:
     """The solutions in pixel units, with covariance and statistics."""
     count, slots = batch.present.shape
-    params, coefficients = to_parameters(xp, model, batch, scale, solution.params)
+    params, coefficients = to_parameters(np, model, batch, scale, solution.params)
     sources = solution.params[:, : slots * SHAPE].reshape(count, slots, SHAPE)
     noise = scale.weight * scale.unit**2
-    pixels = xp.sum(problems.weight > 0, 1)
-    freedom = xp.sum(problems.free, 1)
+    freedom = np.sum(free, 1)
     chi2 = solution.normal.chi2 * noise
-    n = xp.maximum(pixels, 1).astype(chi2.dtype)
+    n = np.maximum(scale.pixels, 1).astype(chi2.dtype)
     tiny = np.finfo(chi2.dtype).tiny
+    spread = 1 / noise if model.loss == "linear" else solution.normal.spread
+    inverse = _inverse_matrix(model.grid, scale, free, sources, solution)
     return FitResult(
         params=params,
         coefficients=coefficients,
-        covariance=_inverse_matrix(xp, model.grid, scale, problems.free, sources, solution)
-        * (1 / noise if model.loss == "linear" else solution.normal.spread)[:, None, None],
+        covariance=inverse * spread[:, None, None],
         cost=solution.normal.cost * noise,
-        chi2_red=chi2 / xp.maximum(pixels - freedom, 1),
-        bic=n * xp.log(xp.maximum(chi2, tiny) / n) + freedom * xp.log(n),
+        chi2_red=chi2 / np.maximum(scale.pixels - freedom, 1),
+        bic=n * np.log(np.maximum(chi2, tiny) / n) + freedom * np.log(n),
         nmse=solution.normal.chi2 / n,
         steps=solution.steps,
         status=solution.status,
@@ -416,11 +413,6 @@ def to_parameters(
     return params, xp.concatenate([constant, coefficients[:, 1:]], 1)
 
 
-def _constant(xp: ModuleType, values: Array) -> Array:
-    """The values, without derivatives (those of a scale that cancels)."""
-    return values if xp is np else jax.lax.stop_gradient(values)
-
-
 def _or_one(xp: ModuleType, values: Array) -> Array:
     """The values, 1 where they are not positive."""
     return xp.where(values > 0, values, 1)
@@ -439,14 +431,14 @@ def _feasible(xp: ModuleType, batch: GroupBatch, low: Array, high: Array) -> Arr
     return xp.concatenate([free, sigmas, batch.start[..., THETA:]], -1)
 
 
-def _to_engine(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
-    """Sources (group, slot, 6) in pixel units to (peak, x, y, log size, e1, e2), scaled."""
+def _to_engine(xp: ModuleType, grid: Grid, source: Array) -> Array:
+    """Sources (group, slot, 6) in pixels to (peak, x, y, log size, e1, e2), scaled but for peak."""
     x0, y0 = grid.centre
     major = _or_one(xp, source[..., MAJOR]) / grid.half
     minor = _or_one(xp, source[..., MINOR]) / grid.half
     e = xp.log(major / minor)
     columns = [
-        source[..., PEAK] / unit[:, None],
+        source[..., PEAK],
         (source[..., X] - x0) / grid.half,
         (source[..., Y] - y0) / grid.half,
         0.5 * xp.log(major * minor),
@@ -477,15 +469,11 @@ def _ellipticity(xp: ModuleType, source: Array) -> Array:
     return xp.where(square > 0, xp.sqrt(xp.where(square > 0, square, 1)), 0)
 
 
-def _bounds(
-    xp: ModuleType, grid: Grid, unit: Array, bound: Array, sigma: Array, open_end: float
-) -> Array:
-    """Scaled bounds: peak, x, y, log sigma; the ellipticities' places are open."""
+def _bounds(xp: ModuleType, grid: Grid, bound: Array, sigma: Array, open_end: float) -> Array:
+    """Bounds as of `_to_engine`: peak, x, y, log sigma; the ellipticities' places are open."""
     x0, y0 = grid.centre
-    peak = bound[..., PEAK]
-    finite = xp.isfinite(peak)
     columns = [
-        xp.where(finite, xp.where(finite, peak, 0) / unit[:, None], peak),
+        bound[..., PEAK],
         (bound[..., X] - x0) / grid.half,
         (bound[..., Y] - y0) / grid.half,
         xp.log(sigma / grid.half),
@@ -496,48 +484,47 @@ def _bounds(
 
 
 def _inverse_matrix(
-    xp: ModuleType,
     grid: Grid,
     scale: Scale,
-    free: Array,
-    sources: Array,
+    free: np.ndarray,
+    sources: np.ndarray,
     solution: Solution,
-) -> Array:
+) -> np.ndarray:
     """S inv(H) S^T (group, P, P) over the free parameters, with S the slopes of pixel units."""
-    inverse = inverse_over_free(xp, solution.normal.matrix, free)
-    return _propagated(xp, _slopes(xp, grid, scale.unit, sources), scale.unit, inverse)
+    inverse = inverse_over_free(solution.normal.matrix, free)
+    return _propagated(_slopes(grid, scale.unit, sources), scale.unit, inverse)
 
 
-def inverse_over_free(xp: ModuleType, matrix: Array, free: Array) -> Array:
+def inverse_over_free(matrix: np.ndarray, free: np.ndarray) -> np.ndarray:
     """Inverses (group, P, P) of matrices over their free parameters.
 
     0 for what is held; NaN for what is free but without any effect (the position of a source of
     peak 0), which leaves the other parameters alone.
     """
-    diagonal = xp.diagonal(matrix, axis1=1, axis2=2)
+    diagonal = np.diagonal(matrix, axis1=1, axis2=2)
     used = free & (diagonal > 0)
-    root = xp.where(used, 1 / xp.sqrt(xp.where(used, diagonal, 1)), 0)
+    root = np.where(used, 1 / np.sqrt(np.where(used, diagonal, 1)), 0)
     eye = np.eye(matrix.shape[-1], dtype=matrix.dtype)
     scaled = matrix * root[:, :, None] * root[:, None, :] + eye * ~used[:, :, None]
-    inverse = xp.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
+    inverse = np.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
     inverse = inverse * root[:, :, None] * root[:, None, :]
     idle = free & ~used
-    return xp.where(idle[:, :, None] | idle[:, None, :], np.nan, inverse)
+    return np.where(idle[:, :, None] | idle[:, None, :], np.nan, inverse)
 
 
-def _slopes(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
+def _slopes(grid: Grid, unit: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Derivatives (group, slot, 6, 6) of `_from_engine` (row) by the scaled parameters (column).
 
     The angle of a circular source is undefined: its derivative is that of an axis ratio of
     1 + 1e-6, which gives a huge but finite error.
     """
-    e = _ellipticity(xp, source)
-    safe = xp.maximum(e, 1e-6)
-    cos = xp.where(e > 0, source[..., 4] / safe, 1)
-    sin = xp.where(e > 0, source[..., 5] / safe, 0)
-    major = grid.half * xp.exp(source[..., 3] + e / 2)
-    minor = grid.half * xp.exp(source[..., 3] - e / 2)
-    zero, one = xp.zeros_like(e), xp.ones_like(e)
+    e = _ellipticity(np, source)
+    safe = np.maximum(e, 1e-6)
+    cos = np.where(e > 0, source[..., 4] / safe, 1)
+    sin = np.where(e > 0, source[..., 5] / safe, 0)
+    major = grid.half * np.exp(source[..., 3] + e / 2)
+    minor = grid.half * np.exp(source[..., 3] - e / 2)
+    zero, one = np.zeros_like(e), np.ones_like(e)
     rows = [
         [unit[:, None] * one, zero, zero, zero, zero, zero],
         [zero, grid.half * one, zero, zero, zero, zero],
@@ -546,16 +533,16 @@ def _slopes(xp: ModuleType, grid: Grid, unit: Array, source: Array) -> Array:
         [zero, zero, zero, minor, -minor * cos / 2, -minor * sin / 2],
         [zero, zero, zero, zero, -sin / (2 * safe), cos / (2 * safe)],
     ]
-    return xp.stack([xp.stack(row, -1) for row in rows], -2)
+    return np.stack([np.stack(row, -1) for row in rows], -2)
 
 
-def _propagated(xp: ModuleType, slopes: Array, unit: Array, inverse: Array) -> Array:
+def _propagated(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     """S C S^T for the block-diagonal S of the sources' `slopes` and the coefficients' `unit`."""
     count, slots = slopes.shape[:2]
     size, ends = inverse.shape[-1], slots * SHAPE
     half = inverse[:, :ends].reshape(count, slots, SHAPE, size)
-    half = xp.einsum("gsij,gsjk->gsik", slopes, half).reshape(count, ends, size)
-    half = xp.concatenate([half, inverse[:, ends:] * unit[:, None, None]], 1)
+    half = np.einsum("gsij,gsjk->gsik", slopes, half).reshape(count, ends, size)
+    half = np.concatenate([half, inverse[:, ends:] * unit[:, None, None]], 1)
     whole = half[:, :, :ends].reshape(count, size, slots, SHAPE)
-    whole = xp.einsum("gksj,gsij->gksi", whole, slopes).reshape(count, size, ends)
-    return xp.concatenate([whole, half[:, :, ends:] * unit[:, None, None]], 2)
+    whole = np.einsum("gksj,gsij->gksi", whole, slopes).reshape(count, size, ends)
+    return np.concatenate([whole, half[:, :, ends:] * unit[:, None, None]], 2)

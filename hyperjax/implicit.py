@@ -81,10 +81,10 @@ def fit_parameters(
     check_shapes(batch, options)
     _, ny, nx = batch.data.shape
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest_order, options.loss)
-    problems, scale = to_problems(jnp, model, batch, options)
+    problems = jax.tree.map(jnp.asarray, to_problems(jnp, model, batch, options))
+    problems, scale = jax.vmap(model.scaled)(problems)
     exact = 0.0 if options.ftol is None else options.ftol
     tolerances = tolerances_of(options._replace(ftol=exact), batch.data.dtype)
-    problems = jax.tree.map(jnp.asarray, problems)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
     return to_parameters(jnp, model, batch, scale, solved)
 

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import export
+from jax import export, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from hyperjax.errors import OutputError
 from hyperjax.files import atomic_path
-from hyperjax.models import GaussianGroup, Model, Normal, Problem
+from hyperjax.models import GaussianGroup, Model, Normal, Problem, Scale
 from hyperjax.solver import Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
 _DIGEST = hashlib.sha256().digest_size
-_SOLUTION = jax.tree.structure(Solution(0, Normal(0, 0, 0, 0, 0), 0, 0, 0))
+_SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0, 0), Scale(0, 0, 0, 0)))
 
 
 class _Kind(NamedTuple):
@@ -46,17 +46,18 @@ def solve_shares(
     problems: Problem,
     tolerances: Tolerances,
     counts: Int[Array, " device"],
-) -> Solution:
+) -> tuple[Solution, Scale]:
     """Solve problems whose leading axis is divided over the devices.
 
-    The first `counts[d]` of device d's share are solved (`solver.solve_lanes`).
+    They are brought to the model's own units (`Model.scaled`), in which the solutions are. The
+    first `counts[d]` of device d's share are solved (`solver.solve_lanes`).
     """
     leaves, structure = jax.tree.flatten((problems, tolerances, counts))
     specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     double = problems.data.dtype == np.float64
     with jax.enable_x64(double):
         solve = _program(_Kind(model, lanes, len(counts), double, specs, structure))
-        return jax.tree.unflatten(_SOLUTION, solve(*leaves))
+        return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 
 @functools.cache
@@ -80,8 +81,11 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
 def _solve_each(kind: _Kind, *leaves: Array) -> list[Array]:
     """Solve each device's share on that device."""
 
-    def solve(share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]) -> Solution:
-        return solve_lanes(kind.model, share, tolerances, kind.lanes, count[0])
+    def solve(
+        share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]
+    ) -> tuple[Solution, Scale]:
+        problems, scale = lax.optimization_barrier(jax.vmap(kind.model.scaled)(share))
+        return solve_lanes(kind.model, problems, tolerances, kind.lanes, count[0]), scale
 
     each, same = _specs()
     shared = jax.shard_map(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from hyperjax.errors import FitInputError
 from hyperjax.fitting import (
+    Finish,
     FitOptions,
     FitResult,
     GroupBatch,
@@ -89,12 +90,12 @@ def fit_profiles(
     order = max(int(batch.order.max()), -1)
     model = ProfileGroup(grid, _Switched(profile, grid), size + 1, slots, order, options.loss)
 
-    def fit(piece: GroupBatch) -> FitResult:
+    def begin(piece: GroupBatch) -> Finish:
         problems, offset = _to_problems(model, piece, options)
-        solution = solve_block(model, problems, options)
-        return _to_result(model, piece, problems, offset, solution)
+        solved = solve_block(model, problems, options)
+        return lambda: _to_result(model, piece, problems, offset, solved()[0])
 
-    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype)[-1])
+    return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
 
 
 def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:
@@ -187,7 +188,7 @@ def _to_result(
     pixels, freedom = np.sum(problems.weight > 0, 1), np.sum(problems.free, 1)
     chi2 = solution.normal.chi2
     n = np.maximum(pixels, 1).astype(chi2.dtype)
-    inverse = inverse_over_free(np, solution.normal.matrix, problems.free)[:, own][:, :, own]
+    inverse = inverse_over_free(solution.normal.matrix, problems.free)[:, own][:, :, own]
     spread = 1 if model.loss == "linear" else solution.normal.spread[:, None, None]
     deviation = np.sum((problems.weight * _deviation(problems)) ** 2, 1)
     return FitResult(

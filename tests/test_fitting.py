@@ -372,6 +372,6 @@ def test_bad_values_name_the_argument() -> None:
 
 def test_more_problems_than_a_block() -> None:
     batch, _ = make_batch(12, seed=13)
-    many = GroupBatch(*(np.concatenate([leaf] * 90) for leaf in batch))  # 1080 > 1024
+    many = GroupBatch(*(np.concatenate([leaf] * 90) for leaf in batch))  # 1080 > 2 * 512
     one, all_of_them = fit_groups(batch), fit_groups(many)
     assert_allclose(all_of_them.params, np.concatenate([one.params] * 90), rtol=1e-9, atol=1e-9)
