@@ -146,7 +146,12 @@ class FitResult(NamedTuple):
 Finish = Callable[[], FitResult]
 
 
-def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
+def fit_groups(
+    batch: GroupBatch,
+    options: FitOptions = FitOptions(),  # noqa: B008
+    *,
+    highest_order: int = -1,
+) -> FitResult:
     """Fit every group of the batch: Gaussians and a polynomial background, jointly.
 
     Parameters
@@ -156,6 +161,9 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
         whatever jax's own default.
     options
         See `FitOptions`.
+    highest_order
+        Order of a background that code is compiled for in any case: batches of lower orders then
+        share it.
 
     Returns
     -------
@@ -170,7 +178,8 @@ def fit_groups(batch: GroupBatch, options: FitOptions = FitOptions()) -> FitResu
     """
     batch = _validated(batch, options)
     _, ny, nx = batch.data.shape
-    highest = next(order for order in _ORDERS if batch.order.max() <= order)
+    wanted = max(int(batch.order.max()), highest_order)
+    highest = next(order for order in _ORDERS if wanted <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
 
     def begin(piece: GroupBatch) -> Finish:

@@ -21,7 +21,7 @@ SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sides that windows are enlarged to, pixels."""
 
 _CLUSTERED = 200  # largest group whose clusters are looked for; that takes n^2 distances
-_COMPILATION = 1e6
+_COMPILATION = 2e6
 """Cost of compiling one more kind of fit, in units of pixels times rows of products of a fit."""
 
 

@@ -92,10 +92,8 @@ def model_sources(
 
     turn = turns(placed.members, group)
     before = None if known is None else _with_new(known, start)
-    joint = config.background.fit_gauss_and_bg_together
-    orders = config.background.polynomial_orders if joint else (-1,)
-    highest = [(max(orders),)] * (1 if known is None else options.sweeps - 1)
-    for tried in highest if known is None else [*highest, orders]:
+    sweeps = [(_highest_order(config),)] * (1 if known is None else options.sweeps - 1)
+    for tried in sweeps if known is None else [*sweeps, _joint_orders(config)]:
         fits, backgrounds = _sweep(
             data, rms, placed, turn, tried, start, before, separate, fwhm_pix, config
         )
@@ -182,9 +180,10 @@ def _sweep(
             weight = _weights(image, noise, usable, config.fit_options.weights)
             batch = _batch(image, weight, placed, which, slots, start, last)
             result, order, second = _best_fit(batch, orders, config)
-            if config.fit_options.weights != "inverse_rms":
+            if config.fit_options.weights != "inverse_rms" and config.fit_options.loss == "linear":
                 batch = batch._replace(start=result.params, order=order)
-                result = result._replace(covariance=_sandwich(batch, result, noise))
+                covariance = _sandwich(batch, result, noise, _highest_order(config))
+                result = result._replace(covariance=covariance)
             _store(fits, result, order, second, placed, which)
             backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
             backgrounds.orders[which] = order
@@ -265,9 +264,11 @@ def _weights(
 
 
 def _sandwich(
-    batch: GroupBatch, result: FitResult, noise: NDArray[np.float64]
+    batch: GroupBatch, result: FitResult, noise: NDArray[np.float64], highest_order: int
 ) -> NDArray[np.float64]:
     """Covariance of fits whose weights W are not the inverse variance of white noise.
+
+    That of a robust loss comes from its own residuals (`models.misfit`) and needs no such form.
 
     H^-1 (J^T W N W J) H^-1 with H = J^T W J and N the variance (White 1980, Econometrica 48, 817).
     The middle is the matrix of a fit with the weights W^2 N, here evaluated at the solution: the
@@ -279,7 +280,7 @@ def _sandwich(
         lower=np.minimum(batch.lower, batch.start),
         upper=np.maximum(batch.upper, batch.start),
     )
-    middle = fit_groups(here, FitOptions(max_steps=1)).covariance
+    middle = fit_groups(here, FitOptions(max_steps=1), highest_order=highest_order).covariance
     held = np.asarray(np.diagonal(middle, axis1=1, axis2=2) == 0)
     eye = np.eye(middle.shape[1])
     free = np.where(held[:, :, None], eye, middle)
@@ -372,7 +373,7 @@ def _best_fit(
     count, tried = len(batch.data), len(orders)
     candidates = GroupBatch(*(np.concatenate([leaf] * tried) for leaf in batch))
     candidates = candidates._replace(order=np.repeat(orders, count))
-    result = fit_groups(candidates, _fit_options(config))
+    result = _fitted(candidates, config)
     result, repeated = _second_try(candidates, result, config)
     best = np.argmin(_criterion(result, config).reshape(tried, count), axis=0)
     chosen = best * count + np.arange(count)
@@ -396,7 +397,7 @@ def _second_try(
     lower[..., 0] = 0
     lower[..., 3:5] = some.lower[..., 3:5] / _WIDER
     upper[..., 3:5] = some.upper[..., 3:5] * _WIDER
-    tried = fit_groups(some._replace(lower=lower, upper=upper), _fit_options(config))
+    tried = _fitted(some._replace(lower=lower, upper=upper), config)
     improved = np.zeros(len(failed), bool)
     improved[failed] = tried.status == CONVERGED
     spread = [np.zeros((len(failed), *leaf.shape[1:]), leaf.dtype) for leaf in tried]
@@ -414,9 +415,10 @@ def _merge(mask: NDArray[np.bool_], new: FitResult, old: FitResult) -> FitResult
     )
 
 
-def _fit_options(config: Config) -> FitOptions:
+def _fitted(batch: GroupBatch, config: Config) -> FitResult:
+    """The fits of a batch, all in the program of the configuration's highest order."""
     options = config.fit_options
-    return FitOptions(
+    numerics = FitOptions(
         loss=options.loss,
         f_scale=options.f_scale,
         lambda_l2=options.lambda_l2 if options.use_l2_regularization else 0.0,
@@ -425,6 +427,17 @@ def _fit_options(config: Config) -> FitOptions:
         gtol=options.gtol,
         max_steps=options.max_nfev,
     )
+    return fit_groups(batch, numerics, highest_order=_highest_order(config))
+
+
+def _highest_order(config: Config) -> int:
+    """The highest order of the polynomial that is fitted with the sources, -1 for none."""
+    return max(_joint_orders(config))
+
+
+def _joint_orders(config: Config) -> tuple[int, ...]:
+    joint = config.background.fit_gauss_and_bg_together
+    return tuple(config.background.polynomial_orders) if joint else (-1,)
 
 
 def _criterion(result: FitResult, config: Config) -> NDArray[np.float64]:

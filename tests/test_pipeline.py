@@ -587,6 +587,18 @@ def test_both_of_a_close_pair_are_unbiased() -> None:
     assert 0.7 < mad_std(pull) < 1.35  # 98 sources: an error of 0.12
 
 
+@pytest.mark.parametrize("weights", ["null", "inverse_rms"])
+def test_errors_of_a_robust_loss_are_those_of_its_efficiency(weights: str) -> None:
+    """In Gaussian noise huber at k = 1 has an efficiency of 0.903 (Huber 1981, section 4.5)."""
+    x, y = on_grid(6, 40.0)
+    sources = scene((280, 280), 40.0, x, y)
+    linear, huber = (
+        model_flux(fit(sources, fit_options={"loss": loss, "f_scale": 1.0, "weights": weights}))[1]
+        for loss in ("linear", "huber")
+    )
+    assert_allclose(np.median(huber / linear), 0.903**-0.5, rtol=0.03)
+
+
 def test_two_sweeps_take_the_neighbours_outside_the_group_out() -> None:
     """Companions 2.6 beams away are not linked; those ten times as bright bias the first fit."""
     pairs = companions(2.6, 10.0)
