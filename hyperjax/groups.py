@@ -104,7 +104,7 @@ def windows(
     low = np.array([[x[m].min(), y[m].min()] for m in members]).reshape(-1, 2)
     high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
     needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
-    side = np.array(SIDES)[np.minimum(np.searchsorted(SIDES, needed), len(SIDES) - 1)]
+    side = _enlarged(needed)
     side, slots = _without_rare_kinds(side, _slots(members))
     corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
     return Windows(members, corner[:, 0], corner[:, 1], side, slots, margin)
@@ -143,6 +143,13 @@ def block_of(placed: Windows) -> NDArray[np.int_]:
     """The block (n,) of each source."""
     every = members_of(placed, np.arange(len(placed.members)))
     return every.row[np.argsort(every.source)]
+
+
+def _enlarged(needed: NDArray[np.int_]) -> NDArray[np.int_]:
+    """The next of the `SIDES`, beyond the largest of them the next multiple of it."""
+    largest = SIDES[-1]
+    listed = np.array(SIDES)[np.searchsorted(SIDES, np.minimum(needed, largest))]
+    return np.where(needed > largest, -(-needed // largest) * largest, listed)
 
 
 def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:

@@ -11,7 +11,7 @@ from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
 from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
-from hyperjax.errors import BlankMapError
+from hyperjax.errors import BlankMapError, ConfigError
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
 from hyperjax.modelling import Modelled, model_sources, unfitted
@@ -166,10 +166,18 @@ def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Con
 
 def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
     """The noise of a filtered map, Jy/beam."""
+    least = _ROUNDING * np.nanmax(np.abs(map.data))
     if config.detection.use_manual_rms:
-        return config.detection.rms_value
+        rms = config.detection.rms_value
+        if not rms > least:
+            raise ConfigError(
+                f"detection.rms_value = {rms:g}: is below the rounding of the values of "
+                f"{map.path or map.name} (up to {least / _ROUNDING:g} Jy/beam); give the noise of "
+                "the map in Jy/beam"
+            )
+        return rms
     rms = clipped_rms(filtered)
-    if not rms > _ROUNDING * np.nanmax(np.abs(map.data)):
+    if not rms > least:
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "
             "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "

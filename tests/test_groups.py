@@ -153,6 +153,14 @@ def test_windows_hold_their_sources_with_the_margin(seed: int) -> None:
             assert position.max() + placed.margin <= first + side - 0.5
 
 
+def test_a_group_wider_than_the_largest_window_gets_a_wider_one() -> None:
+    x = np.array([0.0, 2500.0])
+    placed = windows([np.array([0, 1])], x, x, 10.0)
+    assert placed.side[0] >= 2521
+    assert placed.x0[0] <= -10
+    assert placed.x0[0] + placed.side[0] > 2510
+
+
 def test_no_sources_have_no_windows() -> None:
     placed = windows([], np.zeros(0), np.zeros(0), 5.0)
     assert placed.side.shape == placed.x0.shape == placed.y0.shape == (0,)

@@ -23,7 +23,7 @@ from hyperjax import modelling
 from hyperjax.catalog import COLUMNS, FLAGS
 from hyperjax.config import Config
 from hyperjax.detection import Detections
-from hyperjax.errors import BlankMapError, MapTooSmallError
+from hyperjax.errors import BlankMapError, ConfigError, MapTooSmallError
 from hyperjax.fitting import STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
 from hyperjax.maps import Map, read_map
 from hyperjax.modelling import model_sources
@@ -427,6 +427,12 @@ def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
     automatic = field.extraction.catalog[: len(result.catalog)]
     ratio = result.catalog["FLUX_TOTAL_ERR"] / automatic["FLUX_TOTAL_ERR"]
     assert_allclose(ratio, 2e-3 / field.extraction.rms[0, 0], rtol=0.02)
+
+
+def test_a_manual_noise_below_all_rounding_is_refused(field: Measured) -> None:
+    manual = {"detection": {"use_manual_rms": True, "rms_value": 1e-200}}
+    with pytest.raises(ConfigError, match=r"detection\.rms_value = 1e-200: .*rounding"):
+        extract(field.extraction.map, Config.model_validate(manual))
 
 
 def test_a_map_smaller_than_the_filter_is_refused(observe: Observe) -> None:
