@@ -742,8 +742,10 @@ def test_what_does_not_converge_is_tried_again_within_wider_bounds(
     sources = scene((120, 120), 50.0, x, y)
     usual = BEAM / np.sqrt(8 * np.log(2)) * 4  # aper_sup
 
-    def fit_groups_stubbornly(batch: GroupBatch, options: FitOptions) -> FitResult:
-        result = fit_groups(batch, options)
+    def fit_groups_stubbornly(
+        batch: GroupBatch, options: FitOptions, *, highest_order: int
+    ) -> FitResult:
+        result = fit_groups(batch, options, highest_order=highest_order)
         middle = batch.start[:, 0, 1] + batch.start[:, 0, 2]
         stubborn = (middle == middle.max()) & (batch.upper[:, 0, 3] < 1.5 * usual)
         return result._replace(status=np.where(stubborn, STEP_LIMIT, result.status))
