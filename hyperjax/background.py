@@ -17,7 +17,8 @@ from hyperjax.groups import (
     block_of,
     buckets,
     cut_out,
-    members_of,
+    in_chunks,
+    offsets,
     overlap,
     windows,
     within_reach,
@@ -75,6 +76,12 @@ class Backgrounds(NamedTuple):
         """The background of a block at pixel positions of the map."""
         return evaluate(self.coefficients[block], x, y, *_frame(placed, block))
 
+    @staticmethod
+    def terms(side: int) -> NDArray[np.float64]:
+        """The monomials (monomial, side, side) on a window."""
+        coordinate = (np.arange(side) + 0.5) / (side / 2) - 1
+        return np.stack([np.outer(coordinate**b, coordinate**a) for a, b in powers(MAX_ORDER)])
+
     def images(self, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
         """Backgrounds (block, side, side) on the windows of blocks of one bucket."""
         side = int(placed.side[which[0]])
@@ -109,7 +116,7 @@ def mosaic(
     """One background image from those of all blocks.
 
     A pixel has the background of the block whose source is nearest, which fades into the `smooth`
-    background of the whole map (ny, nx) from half the window's margin to the whole of it.
+    background of the whole map (ny, nx) from three quarters of the window's margin to all of it.
     """
     out = smooth.copy()
     nearest = np.full(smooth.shape, np.inf)
@@ -129,12 +136,11 @@ def mosaic(
 
 def _distances(placed: Windows, which: NDArray[np.int_], fits: SourceFits) -> NDArray[np.float64]:
     """Distance of the pixels (block, side, side) from the nearest of their block's sources."""
-    side, own = int(placed.side[which[0]]), members_of(placed, which)
-    corner, grid = which[own.row], np.arange(side)
-    dx = grid + (placed.x0[corner] - fits.x[own.source])[:, None]
-    dy = grid + (placed.y0[corner] - fits.y[own.source])[:, None]
-    out = np.full((len(which), side, side), np.inf)
-    np.minimum.at(out, own.row, np.hypot(dx[:, None, :], dy[:, :, None]))
+    side = int(placed.side[which[0]])
+    out = np.empty((len(which), side, side))
+    for some in in_chunks(which):
+        dx, dy, first = offsets(placed, which[some], fits.x, fits.y)
+        out[some] = np.minimum.reduceat(np.hypot(dx[:, None, :], dy[:, :, None]), first)
     return out
 
 
@@ -154,7 +160,8 @@ def separate_backgrounds(
     pixels of the smallest box, which are common to all, is kept.
     """
     options, method = config.background, config.fit_options.min_method
-    image = np.where(_near_sources(data.shape, x, y, fwhm_pix), np.nan, data)
+    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
+    image = np.where(near_sources(data.shape, x, y, radius), np.nan, data)
     margins = _margins(options.fix_min_box, options.fix_max_box)
     boxes = windows(placed.members, x, y, max(*margins, 1.0) * fwhm_pix)
     common = boxes._replace(margin=max(options.fix_min_box, _LEAST_COMMON) * fwhm_pix)
@@ -314,11 +321,10 @@ def _goodness(
     return n * np.log(max(chi2, np.finfo(float).tiny) / n) + terms * np.log(n)
 
 
-def _near_sources(
-    shape: tuple[int, int], x: NDArray[np.float64], y: NDArray[np.float64], fwhm_pix: float
+def near_sources(
+    shape: tuple[int, int], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
 ) -> NDArray[np.bool_]:
-    """Pixels that a source covers, down to 0.1353 of its peak."""
-    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
+    """Pixels (ny, nx) that are closer to a source than a radius."""
     reach = int(np.ceil(radius))
     grid = np.arange(-reach, reach + 1)
     out = np.zeros(shape, bool)

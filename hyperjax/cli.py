@@ -181,7 +181,8 @@ def run(
             "--sigma",
             "-s",
             metavar="N",
-            help="Detection threshold, in units of the rms. Default: 5.",
+            help="Detection threshold, in units of the scatter of the filtered map, which many "
+            "bright sources raise. Default: 5.",
         ),
     ] = None,
     jobs: Annotated[

@@ -264,7 +264,9 @@ class Detection(_Section):
     """Finding the sources."""
 
     sigma_thres: Positive = Field(
-        default=5.0, description="Threshold: how high a peak must stand above the map's mean [rms]."
+        default=5.0,
+        description="Threshold: how high a peak must stand above the mean of the filtered map, in "
+        "units of its scatter, which many bright sources raise [scatter].",
     )
     use_manual_rms: bool = Field(
         default=False,
@@ -494,6 +496,15 @@ class FitOptions(_Section):
         description="Width of the weights where weights is spatial [sigma of the beam].",
     )
 
+    @model_validator(mode="after")
+    def _one_way_to_weigh(self) -> "FitOptions":
+        if self.weights == "snr" and self.loss != "linear":
+            raise ValueError(
+                f"weights = snr: does not go with loss = {self.loss}, which then takes bright "
+                "pixels for outliers; use loss = linear, or weights = null or inverse_rms"
+            )
+        return self
+
 
 class Background(_Section):
     """The background under the sources: separately, together with them, both or none."""
@@ -551,8 +562,10 @@ class Background(_Section):
 class Noise(_Section):
     """The noise of the maps."""
 
-    model: Literal["white"] = Field(
-        default="white", description="Correlation of the noise: white means independent pixels."
+    model: Literal["auto", "white"] = Field(
+        default="auto",
+        description="How the noise of neighbouring pixels is correlated: auto measures it on the "
+        "residual, for the errors; white takes pixels as independent.",
     )
 
 

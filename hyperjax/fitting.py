@@ -109,6 +109,9 @@ class FitOptions(NamedTuple):
 class FitResult(NamedTuple):
     """Fitted groups, in the batch's units, with the groups' order kept.
 
+    Cost, statistics and covariance are those of the last evaluation, one small step before the
+    parameters (`solver.advance`).
+
     Attributes
     ----------
     params

@@ -20,6 +20,7 @@ SLOTS = (1, 3, 8, 16)
 SIDES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Sides that windows are enlarged to, pixels."""
 
+_CHUNK = 64  # blocks whose sources are drawn at a time
 _CLUSTERED = 200  # largest group whose clusters are looked for; that takes n^2 distances
 _COMPILATION = 2e6
 """Cost of compiling one more kind of fit, in units of pixels times rows of products of a fit."""
@@ -139,6 +140,25 @@ def members_of(placed: Windows, which: NDArray[np.int_]) -> Members:
     return Members(np.repeat(np.arange(len(which)), count), slot, source)
 
 
+def in_chunks(which: NDArray[np.int_]) -> list[slice]:
+    """Places of some blocks in chunks, so that the stamps of all sources are never in memory."""
+    return [slice(first, first + _CHUNK) for first in range(0, len(which), _CHUNK)]
+
+
+def offsets(
+    placed: Windows, which: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int_]]:
+    """Offsets of the columns and the rows of blocks' windows (k, side) from each own source.
+
+    And where the sources of each block begin among the k.
+    """
+    own, grid = members_of(placed, which), np.arange(int(placed.side[which[0]]))
+    corner = which[own.row]
+    dx = grid + (placed.x0[corner] - x[own.source])[:, None]
+    dy = grid + (placed.y0[corner] - y[own.source])[:, None]
+    return dx, dy, np.flatnonzero(own.slot == 0)
+
+
 def block_of(placed: Windows) -> NDArray[np.int_]:
     """The block (n,) of each source."""
     every = members_of(placed, np.arange(len(placed.members)))
@@ -216,11 +236,9 @@ def within_reach(
 ) -> NDArray[np.bool_]:
     """Pixels (block, side, side) within `reach` of one of the block's own sources."""
     side = int(placed.side[which[0]])
-    own, grid = members_of(placed, which), np.arange(side)
-    corner = which[own.row]
-    dx = grid + (placed.x0[corner] - x[own.source])[:, None]
-    dy = grid + (placed.y0[corner] - y[own.source])[:, None]
-    near = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= reach**2
     out = np.zeros((len(which), side, side), bool)
-    np.logical_or.at(out, own.row, near)
+    for some in in_chunks(which):
+        dx, dy, first = offsets(placed, which[some], x, y)
+        near = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= reach**2
+        out[some] = np.logical_or.reduceat(near, first)
     return out

@@ -108,10 +108,12 @@ def _specs() -> tuple[PartitionSpec, PartitionSpec]:
 
 
 def _kept(path: Path) -> export.Exported | None:
-    """A traced program that was kept; None where there is none, or a damaged one."""
-    if not path.is_file():
+    """A traced program that was kept; None where there is none to be read, or a damaged one."""
+    try:
+        content = path.read_bytes()
+    except OSError:
         return None
-    digest, program = path.read_bytes()[:_DIGEST], path.read_bytes()[_DIGEST:]
+    digest, program = content[:_DIGEST], content[_DIGEST:]
     if hashlib.sha256(program).digest() != digest:
         logger.debug("%s: damaged, made again", path)
         return None

@@ -37,7 +37,7 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
     Attributes
     ----------
     ftol
-        Relative reduction of the cost that one more step could bring.
+        Relative reduction of the cost that is still to be had when the last step has been taken.
     xtol
         Length of the next step relative to that of the parameters.
     gtol
@@ -126,7 +126,7 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
         tags: frozenset[object],
         result: optx.RESULTS,
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        """The optimum; its cost is among the statistics."""
+        """The optimum; the cost before the last step is among the statistics."""
         return y, aux, {"cost": state.normal.cost}
 
 

@@ -21,6 +21,7 @@ from hyperjax.groups import (
     blocks,
     buckets,
     cut_out,
+    in_chunks,
     link,
     members_of,
     turns,
@@ -28,7 +29,8 @@ from hyperjax.groups import (
     within_reach,
 )
 from hyperjax.maps import FWHM_PER_SIGMA
-from hyperjax.sources import SourceFits, render_sources, stamps
+from hyperjax.noise import Correlation, covariance_of_sums
+from hyperjax.sources import SourceFits, render_sources, stamp_gradients, stamps
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,29 @@ _WIDER = 2.0  # bounds of the second try
 _MASK_FWHM = 1.0  # radius round a source outside the group, before it is known
 
 
+class Fitted(NamedTuple):
+    """What the errors of a bucket's blocks are made of.
+
+    `weight` (block, side, side) of the squared residuals, and the covariance (block, P, P) that the
+    fits have if that is the inverse variance of white noise.
+    """
+
+    which: NDArray[np.int_]
+    weight: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
 class Modelled(NamedTuple):
-    """Fitted sources of a map, and the backgrounds under their blocks' windows."""
+    """Fitted sources of a map, the backgrounds under their blocks' windows, and their blocks.
+
+    The errors are right where pixels weigh as the inverse variance of white noise; else see
+    `with_noise`.
+    """
 
     fits: SourceFits
     placed: Windows
     backgrounds: Backgrounds
+    blocks: list[Fitted]
 
 
 class _Start(NamedTuple):
@@ -94,7 +113,7 @@ def model_sources(
     before = None if known is None else _with_new(known, start)
     sweeps = [(_highest_order(config),)] * (1 if known is None else options.sweeps - 1)
     for tried in sweeps if known is None else [*sweeps, _joint_orders(config)]:
-        fits, backgrounds = _sweep(
+        fits, backgrounds, fitted = _sweep(
             data, rms, placed, turn, tried, start, before, separate, fwhm_pix, config
         )
         before = fits
@@ -103,7 +122,7 @@ def model_sources(
     level = level_at(placed, backgrounds, fits.x, fits.y)
     fits = fits._replace(background=level)
     size = np.bincount(group)[group] if len(x) else group
-    return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds)
+    return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds, fitted)
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -158,7 +177,7 @@ def _sweep(
     separate: Backgrounds | None,
     fwhm_pix: float,
     config: Config,
-) -> tuple[SourceFits, Backgrounds]:
+) -> tuple[SourceFits, Backgrounds, list[Fitted]]:
     """Fit all blocks once, with what is known of the others (`last`) subtracted.
 
     Of the `orders` of the background that are tried the best one is kept.
@@ -167,6 +186,7 @@ def _sweep(
     once, they would run away from each other.
     """
     fits, backgrounds = SourceFits.unknown(len(start.start)), Backgrounds.empty(len(placed.members))
+    fitted = []
     if last is not None:
         fits = last = last.take(np.arange(len(last.x)))  # a copy, which changes turn by turn
     for now in range(np.max(turn, initial=-1) + 1):
@@ -180,14 +200,11 @@ def _sweep(
             weight = _weights(image, noise, usable, config.fit_options.weights)
             batch = _batch(image, weight, placed, which, slots, start, last)
             result, order, second = _best_fit(batch, orders, config)
-            if config.fit_options.weights != "inverse_rms" and config.fit_options.loss == "linear":
-                batch = batch._replace(start=result.params, order=order)
-                covariance = _sandwich(batch, result, noise, _highest_order(config))
-                result = result._replace(covariance=covariance)
             _store(fits, result, order, second, placed, which)
             backgrounds.coefficients[which, : result.coefficients.shape[1]] = result.coefficients
             backgrounds.orders[which] = order
-    return fits, backgrounds
+            fitted.append(Fitted(which, weight, result.covariance))
+    return fits, backgrounds, fitted
 
 
 def _with_separate(
@@ -215,9 +232,13 @@ def _window_data(
 
 def _own_sources(fits: SourceFits, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
     """The sources of each block alone (block, side, side)."""
-    side, own = int(placed.side[which[0]]), members_of(placed, which)
-    corner, out = which[own.row], np.zeros((len(which), side, side))
-    np.add.at(out, own.row, stamps(fits, own.source, placed.x0[corner], placed.y0[corner], side))
+    side = int(placed.side[which[0]])
+    out = np.zeros((len(which), side, side))
+    for some in in_chunks(which):
+        own, blocks = members_of(placed, which[some]), which[some]
+        corner = placed.x0[blocks[own.row]], placed.y0[blocks[own.row]]
+        drawn = stamps(fits, own.source, *corner, side)
+        out[some] = np.add.reduceat(drawn, np.flatnonzero(own.slot == 0))
     return out
 
 
@@ -263,31 +284,53 @@ def _weights(
     return np.where(usable, weight, 0.0)
 
 
-def _sandwich(
-    batch: GroupBatch, result: FitResult, noise: NDArray[np.float64], highest_order: int
-) -> NDArray[np.float64]:
-    """Covariance of fits whose weights W are not the inverse variance of white noise.
+def with_noise(
+    modelled: Modelled, rms: NDArray[np.float64], correlation: Correlation
+) -> SourceFits:
+    r"""The sources with the errors that the noise of the map gives them.
 
-    That of a robust loss comes from its own residuals (`models.misfit`) and needs no such form.
+    A fit with the weights W has the covariance
 
-    H^-1 (J^T W N W J) H^-1 with H = J^T W J and N the variance (White 1980, Econometrica 48, 817).
-    The middle is the matrix of a fit with the weights W^2 N, here evaluated at the solution: the
-    inverse of the covariance that one step there returns.
+    .. math:: C\,(J^T W N W J)\,C, \quad C = (J^T W J)^{-1}
+
+    in noise of the covariance N (White 1980, Econometrica 48, 817): C itself where N is the inverse
+    of W, but not where neighbouring pixels share noise, or weigh otherwise.
+
+    Parameters
+    ----------
+    modelled
+        Fits with the linear loss.
+    rms, correlation
+        Noise of every pixel (ny, nx), Jy/beam, and how that of neighbours is correlated.
     """
-    squared = np.where(batch.weight > 0, (batch.weight * noise) ** 2, 0.0)
-    here = batch._replace(
-        weight=squared,
-        lower=np.minimum(batch.lower, batch.start),
-        upper=np.maximum(batch.upper, batch.start),
-    )
-    middle = fit_groups(here, FitOptions(max_steps=1), highest_order=highest_order).covariance
-    held = np.asarray(np.diagonal(middle, axis1=1, axis2=2) == 0)
-    eye = np.eye(middle.shape[1])
-    free = np.where(held[:, :, None], eye, middle)
-    broken = np.asarray(~np.isfinite(free).all(axis=(1, 2)))
-    inverse = np.linalg.inv(np.where(broken[:, None, None], eye, free))
-    inverse[broken] = np.nan
-    return np.asarray(result.covariance @ (inverse * ~held[:, :, None]) @ result.covariance)
+    fits, placed = modelled.fits, modelled.placed
+    covariance = fits.covariance.copy()
+    for which, weight, narrow in modelled.blocks:
+        row, slot, source = members_of(placed, which)
+        finite, wide = np.nan_to_num(narrow), np.full_like(narrow, np.nan)
+        for some in in_chunks(which):
+            noise = np.nan_to_num(cut_out(rms, placed, which[some]))
+            columns = _columns(fits, placed, which[some], narrow.shape[1])
+            columns *= (weight[some] * noise)[:, None]
+            wide[some] = finite[some] @ covariance_of_sums(columns, correlation) @ finite[some]
+        wide = np.where(np.isfinite(narrow), wide, np.nan)
+        own = 6 * slot[:, None] + np.arange(6)
+        covariance[source] = wide[row[:, None, None], own[:, :, None], own[:, None]]
+    return fits._replace(covariance=covariance)
+
+
+def _columns(
+    fits: SourceFits, placed: Windows, which: NDArray[np.int_], size: int
+) -> NDArray[np.float64]:
+    """The Jacobian of blocks of a bucket (block, `size`, side, side): sources, then polynomial."""
+    side, own = int(placed.side[which[0]]), members_of(placed, which)
+    slots, corner = int(placed.slots[which[0]]), which[own.row]
+    out = np.zeros((len(which), size, side, side))
+    slopes = stamp_gradients(fits, own.source, placed.x0[corner], placed.y0[corner], side)
+    out[own.row[:, None], 6 * own.slot[:, None] + np.arange(6)] = slopes
+    smooth = Backgrounds.terms(side)[: size - 6 * slots]
+    out[:, 6 * slots :] = smooth
+    return out
 
 
 def _near_neighbours(

@@ -1,14 +1,53 @@
-"""The noise of a map."""
+"""The noise of a map: how strong it is, and how it is correlated from pixel to pixel."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from astropy.stats import sigma_clip
 from numpy.typing import NDArray
+from scipy import fft
 
 _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
+_SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
+_LEAST_CORRELATION = 0.03  # what is less is taken for none
+_TAPER = 0.25  # of the reach, over which the correlation fades to 0
+_LEAST_SHARE = 0.05  # of the pixels of a map that must be free of sources
+_CHUNK = 32  # blocks whose sums are transformed at a time
+
+
+class Correlation(NamedTuple):
+    """Correlation of the noise of two pixels by their offset, at the centre 1.
+
+    `values` is (2 L + 1, 2 L + 1); white noise has L = 0.
+    """
+
+    values: NDArray[np.float64]
+
+    @classmethod
+    def white(cls) -> "Correlation":
+        """Noise that is independent from pixel to pixel."""
+        return cls(np.ones((1, 1)))
+
+    @property
+    def reach(self) -> int:
+        """The largest offset L along an axis with a correlation."""
+        return len(self.values) // 2
+
+    @property
+    def is_white(self) -> bool:
+        """Whether there is no correlation at all."""
+        return self.reach == 0
+
+    @property
+    def fwhm_pix(self) -> float:
+        """Full width of the correlation at half its maximum, 0 for white noise."""
+        profile = np.append(_radial_profile(self.values), 0.0)
+        below = int(np.argmax(profile < 0.5))
+        inner, outer = profile[below - 1], profile[below]
+        return 0.0 if self.is_white else 2 * (below - 1 + (inner - 0.5) / (inner - outer))
 
 
 def clipped_rms(data: NDArray[np.float64]) -> float:
@@ -48,3 +87,109 @@ def clipped_share(clip: float, iterations: int) -> float:
         density = math.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
         share = math.sqrt(1 - 2 * a * density / math.erf(a / math.sqrt(2)))
     return share
+
+
+def measure_correlation(noise: NDArray[np.float64], reach: int) -> Correlation:
+    r"""Autocorrelation of an image of noise, blank (NaN) where it is none.
+
+    .. math:: \rho(d) = \frac{\sum_x m(x)\,m(x+d)\,n(x)\,n(x+d)}{\sum_x m(x)\,m(x+d)} / \rho_0
+
+    with m = 1 where there is noise. It is kept up to the last radius at which its mean over the
+    angle stands out of its own scatter, :math:`\sqrt{\sum \rho^2 / N}` for N pixels
+    (Bartlett 1946), and fades to 0 there. White noise, and images with too few pixels, give
+    `Correlation.white`.
+
+    Parameters
+    ----------
+    noise
+        (ny, nx) image, in any unit.
+    reach
+        Largest offset, pixels.
+    """
+    valid = np.isfinite(noise)
+    reach = min(reach, min(noise.shape) // 4)
+    if valid.mean() < _LEAST_SHARE or reach < 1:
+        return Correlation.white()
+    centred = np.where(valid, noise - np.mean(noise[valid]), 0.0)
+    pairs = _autocorrelation(valid.astype(float), reach)
+    covariance = _autocorrelation(centred, reach) / np.maximum(pairs, 1)
+    rho = covariance / covariance[reach, reach]
+    scatter = math.sqrt(np.sum(rho**2) / valid.sum())
+    profile = _radial_profile(rho)
+    seen = np.abs(profile) > max(_SIGNIFICANT * scatter, _LEAST_CORRELATION)
+    last = int(np.max(np.flatnonzero(seen)))
+    if last == 0:
+        return Correlation.white()
+    return _faded(rho, last)
+
+
+def _autocorrelation(image: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """Sums of products of pixels that are apart by up to `reach`, (2 reach + 1, 2 reach + 1)."""
+    size = [fft.next_fast_len(side + reach, real=True) for side in image.shape]
+    power = np.abs(fft.rfft2(image, size)) ** 2
+    sums = np.roll(fft.irfft2(power, size), (reach, reach), (0, 1))
+    return np.asarray(sums[: 2 * reach + 1, : 2 * reach + 1])
+
+
+def _radii(reach: int) -> NDArray[np.float64]:
+    offset = np.arange(-reach, reach + 1)
+    return np.hypot(offset[:, None], offset)
+
+
+def _radial_profile(rho: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the angle, by the radius in whole pixels, up to the reach."""
+    ring = np.rint(_radii(len(rho) // 2)).astype(int)
+    inside = ring <= len(rho) // 2
+    return np.bincount(ring[inside], rho[inside]) / np.bincount(ring[inside])
+
+
+def _faded(rho: NDArray[np.float64], last: int) -> Correlation:
+    """The correlation up to a radius, and fading to 0 beyond."""
+    reach = len(rho) // 2
+    end = min(math.ceil(last * (1 + _TAPER)) + 1, reach)
+    fade = np.clip((end + 1 - _radii(end)) / max(end + 1 - last, 1), 0, 1)
+    middle = slice(reach - end, reach + end + 1)
+    return Correlation(rho[middle, middle] * fade)
+
+
+def covariance_of_sums(
+    weights: NDArray[np.float64], correlation: Correlation
+) -> NDArray[np.float64]:
+    r"""Covariance of weighted sums over noise of unit variance.
+
+    .. math:: M_{pq} = \sum_{xy} w_p(x)\,\rho(x - y)\,w_q(y)
+
+    Parameters
+    ----------
+    weights
+        (n, p, ny, nx): p sums over each of n windows.
+    correlation
+        Of the noise.
+
+    Returns
+    -------
+    ndarray (n, p, p)
+        Computed in Fourier space, where the correlation is a product; what power of it is negative,
+        as it is measured, counts as none.
+    """
+    if correlation.is_white:
+        flat = weights.reshape(*weights.shape[:2], -1)
+        return flat @ flat.swapaxes(1, 2)
+    reach = correlation.reach
+    size = [fft.next_fast_len(side + reach, real=True) for side in weights.shape[2:]]
+    kernel = np.zeros([max(length, 2 * reach + 1) for length in size])
+    kernel[: 2 * reach + 1, : 2 * reach + 1] = correlation.values
+    power = fft.rfft2(np.roll(kernel, (-reach, -reach), (0, 1))).real
+    halves = np.full(power.shape[1], 2.0)  # each column but these stands for its mirror image too
+    halves[0] = 1.0
+    if kernel.shape[1] % 2 == 0:
+        halves[-1] = 1.0
+    root = np.sqrt(np.maximum(power, 0) * halves / kernel.size)
+    out = np.empty((*weights.shape[:2], weights.shape[1]))
+    for first in range(0, len(weights), _CHUNK):
+        some = slice(first, first + _CHUNK)
+        waves = fft.rfft2(weights[some], kernel.shape) * root
+        flat = waves.reshape(*waves.shape[:2], -1)
+        parts = np.concatenate([flat.real, flat.imag], -1)
+        out[some] = parts @ parts.swapaxes(1, 2)
+    return out

@@ -18,7 +18,8 @@ import numpy as np
 from photutils.aperture import EllipticalAperture
 
 from hyperjax.maps import FWHM_PER_SIGMA
-from hyperjax.sources import principal_offsets, unit_gaussian
+from hyperjax.noise import Correlation, covariance_of_sums
+from hyperjax.sources import gaussian_gradient
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -89,7 +90,11 @@ def model_flux(fits: SourceFits) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def aperture_photometry(
-    residual: NDArray[np.float64], fits: SourceFits, rms: ArrayLike, ratio: float
+    residual: NDArray[np.float64],
+    fits: SourceFits,
+    rms: ArrayLike,
+    ratio: float,
+    correlation: Correlation | None = None,
 ) -> Apertures:
     r"""Measure each source in its elliptical aperture on the map without background and companions.
 
@@ -107,12 +112,14 @@ def aperture_photometry(
         Noise per pixel, Jy/beam: a scalar or (ny, nx).
     ratio
         Semi-axes of the aperture in units of the fitted FWHMs (``fwhm_radius_ratio``).
+    correlation
+        Of the noise from pixel to pixel; none unless given.
 
     Notes
     -----
-    With overlaps :math:`w_i`, `flux` has the variance :math:`\sum_i w_i^2 \sigma_i^2` of
-    independent pixels. The uncertainty of the background and of the companions is not in it, nor
-    the correlation of the noise between pixels.
+    With overlaps :math:`w_i`, `flux` has the variance :math:`\sum_{ij} w_i \sigma_i \rho_{ij}
+    \sigma_j w_j`, in white noise :math:`\sum_i w_i^2 \sigma_i^2`. The uncertainty of the
+    background and of the companions is not in it.
 
     The enclosed fraction E hardly depends on the fitted shape, since the aperture scales with it.
     The fraction of the *true* source that is enclosed does: an ellipse too large by 5 % at a ratio
@@ -124,7 +131,7 @@ def aperture_photometry(
     with r the residual. In a least-squares fit r is uncorrelated with the parameters, so that
 
     .. math:: \sigma_{F/E}^2 = \sigma_{F_\mathrm{model}}^2
-              + \frac{1}{E^2} \left(\sum_i w_i^2 \sigma_i^2 - g^T C g\right)
+              + \frac{1}{E^2} \left(\sigma_F^2 - g^T C g\right)
 
     where C is the covariance of the fit, :math:`g = \sum_i w_i\,\partial m_i / \partial p` the
     gradient of the model's sum in the aperture, and :math:`g^T C g` the noise that the fit has
@@ -132,7 +139,9 @@ def aperture_photometry(
     """
     noise = np.broadcast_to(np.asarray(rms, dtype=float), residual.shape)
     sums = [
-        _sum_aperture(residual, noise, peak, ellipse, ratio) if drawable else _UNDRAWABLE
+        _sum_aperture(residual, noise, peak, ellipse, ratio, correlation or Correlation.white())
+        if drawable
+        else _UNDRAWABLE
         for drawable, peak, ellipse in zip(
             fits.is_drawable, fits.peak, _ellipses(fits), strict=True
         )
@@ -184,6 +193,7 @@ def _sum_aperture(
     peak: float,
     ellipse: _Ellipse,
     ratio: float,
+    correlation: Correlation,
 ) -> _Sums:
     """Sum residual, noise variance and the model's gradient over one source's aperture."""
     mask = EllipticalAperture(
@@ -200,11 +210,14 @@ def _sum_aperture(
     if rows.size == 0:
         return _Sums()
     overlap = mask.data[rows, columns]
+    weighted = np.zeros(mask.shape)
+    weighted[on_mask] = np.where(usable, mask.data, 0)[on_mask] * np.nan_to_num(noise[on_map])
     rows, columns = rows + mask.bbox.iymin, columns + mask.bbox.ixmin
+    dx, dy = np.asarray(columns - ellipse.x, float), np.asarray(rows - ellipse.y, float)
     return _Sums(
         residual=overlap @ residual[rows, columns],
-        gradient=_gaussian_gradient(columns, rows, peak, ellipse) @ overlap,
-        noise_variance=overlap**2 @ noise[rows, columns] ** 2,
+        gradient=gaussian_gradient(dx, dy, peak, *ellipse[2:]) @ overlap,
+        noise_variance=float(covariance_of_sums(weighted[None, None], correlation)[0, 0, 0]),
         area=overlap.sum(),
         blank_fraction=mask.data[~usable].sum() / mask.data.sum(),
     )
@@ -221,25 +234,6 @@ def _stack(sums: list[_Sums]) -> tuple[NDArray[np.float64], ...]:
 def _ellipses(fits: SourceFits) -> list[_Ellipse]:
     columns = (fits.x, fits.y, fits.sigma_major, fits.sigma_minor, fits.theta)
     return [_Ellipse(*row) for row in np.column_stack(columns).tolist()]
-
-
-def _gaussian_gradient(
-    x: NDArray[np.int_], y: NDArray[np.int_], peak: float, ellipse: _Ellipse
-) -> NDArray[np.float64]:
-    """Differentiate to (peak, x, y, sigma_major, sigma_minor, theta): (6, pixels)."""
-    dx, dy = np.asarray(x - ellipse.x, float), np.asarray(y - ellipse.y, float)
-    major, minor = principal_offsets(dx, dy, ellipse.theta)
-    profile = unit_gaussian(dx, dy, *ellipse[2:])
-    cos, sin = np.cos(ellipse.theta), np.sin(ellipse.theta)
-    along, across = major / ellipse.sigma_major**2, minor / ellipse.sigma_minor**2
-    logarithmic = [
-        along * cos - across * sin,
-        along * sin + across * cos,
-        along**2 * ellipse.sigma_major,
-        across**2 * ellipse.sigma_minor,
-        across * major - along * minor,
-    ]
-    return np.vstack([profile, peak * profile * np.array(logarithmic)])
 
 
 def _flux_gradient(fits: SourceFits) -> NDArray[np.float64]:

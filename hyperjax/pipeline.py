@@ -1,30 +1,33 @@
 """The way of one map from pixels to a catalogue."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
 
-from hyperjax.background import mosaic
+from hyperjax.background import mosaic, near_sources
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
 from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError, ConfigError
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
-from hyperjax.modelling import Modelled, model_sources, unfitted
-from hyperjax.noise import clipped_rms
+from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
+from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
-from hyperjax.sources import render_sources
+from hyperjax.sources import SourceFits, render_sources
 
 logger = logging.getLogger(__name__)
 
+_SOURCE_FWHM = 1.5  # radius round a source that tells nothing of the noise
+_REACH_FWHM = 4.0  # offset up to which noise may be correlated
 _ROUNDING = 1e-14  # of a map's largest value: what scatters less has no noise
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Extraction:
     """What was found in one map.
 
@@ -54,6 +57,10 @@ class Extraction:
     rms: NDArray[np.float64]
     detections: Detections
     seconds: dict[str, float]
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"<Extraction of {self.map.name}: {counted(len(self.catalog), 'source')}>"
 
 
 def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
@@ -95,9 +102,13 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         if modelled is not None:
             background = mosaic(modelled.placed, modelled.backgrounds, fits, background)
         residual = map.data - background - model
+    with timed(seconds, "errors", map.name):
+        correlation = _correlation(map, residual, fits, config)
+        if modelled is not None and config.fit_options.loss == "linear":
+            fits = with_noise(modelled, _noise_map(map, rms), correlation)
     with timed(seconds, "photometry", map.name):
         ratio = config.photometry.fwhm_radius_ratio
-        apertures = aperture_photometry(residual, fits, rms, ratio)
+        apertures = aperture_photometry(residual, fits, rms, ratio, correlation)
     with timed(seconds, "catalogue", map.name):
         order = np.argsort(-found.peak, kind="stable")
         found = Detections(*(column[order] for column in found))
@@ -110,9 +121,14 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             convert_mjy=config.units.convert_mJy,
             shoulder_threshold=config.detection.shoulder_threshold,
         )
+        catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
+        catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
     sources = counted(len(order), "source")
-    logger.info("%s: noise %.4g Jy/beam, %s (%s)", map.name, rms, sources, took)
+    width = (
+        "white" if correlation.is_white else f"correlated over {correlation.fwhm_pix:.1f} pixels"
+    )
+    logger.info("%s: noise %.4g Jy/beam, %s, %s (%s)", map.name, rms, width, sources, took)
     noise = _noise_map(map, rms)
     return Extraction(map, config, catalog, model, background, residual, noise, found, seconds)
 
@@ -138,6 +154,18 @@ def _modelled(
     with timed(seconds, "fit", map.name):
         modelled = model_sources(map.data, _noise_map(map, rms), found, fwhm, config, first)
     return modelled, found, rms
+
+
+def _correlation(
+    map: Map, residual: NDArray[np.float64], fits: SourceFits, config: Config
+) -> Correlation:
+    """How the noise of neighbouring pixels is correlated, measured away from all sources."""
+    if config.noise.model == "white":
+        return Correlation.white()
+    fwhm = map.beam_fwhm_pix
+    covered = near_sources(map.shape, fits.x, fits.y, _SOURCE_FWHM * fwhm)
+    noise = np.where(covered, np.nan, residual)
+    return measure_correlation(noise, math.ceil(_REACH_FWHM * fwhm))
 
 
 def _filter_size(map: Map, config: Config) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST = 2**30
+_LARGEST = 2**30, 2**25  # bytes; the second is what the manual allows
 
 
 def usable_cores() -> int:
@@ -24,7 +24,8 @@ def configure_runtime(cpu_devices: int | None = None, cache: Path | None = None)
     One process uses all cores: each is a device of jax's, and the fits are divided over the
     devices. XLA's thread pool (the environment variable NPROC) is made larger than the number of
     devices: where a device's own thread waits for others of a full pool, it waits for ever. Where
-    jax is running already, its devices stay as they are.
+    jax is running already, its devices stay as they are. Memory that is freed stays with the
+    process.
 
     Parameters
     ----------
@@ -59,6 +60,5 @@ def _keep_memory() -> None:
     call: a fifth of the time of small fits.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, _LARGEST)
+    if mallopt is not None and any(mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST):
+        mallopt(_TRIM_THRESHOLD, _LARGEST[0])

@@ -150,7 +150,7 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
         growth=growth,
         steps=steps,
         status=status.astype(jnp.int32),
-        on_bound=blocked & problem.free,
+        on_bound=(blocked | (last & (clipped != step))) & problem.free,
     )
 
 

@@ -111,6 +111,45 @@ def unit_gaussian(
     return np.asarray(np.exp(-0.5 * square))
 
 
+def gaussian_gradient(
+    dx: Floats,
+    dy: Floats,
+    peak: Floats,
+    sigma_major: Floats,
+    sigma_minor: Floats,
+    theta: Floats,
+) -> NDArray[np.float64]:
+    """Derivatives (6, ...) of Gaussians to (peak, x, y, sigma_major, sigma_minor, theta)."""
+    major, minor = principal_offsets(dx, dy, theta)
+    profile = unit_gaussian(dx, dy, sigma_major, sigma_minor, theta)
+    cos, sin = np.cos(theta), np.sin(theta)
+    along, across = major / sigma_major**2, minor / sigma_minor**2
+    logarithmic = [
+        along * cos - across * sin,
+        along * sin + across * cos,
+        along**2 * sigma_major,
+        across**2 * sigma_minor,
+        across * major - along * minor,
+    ]
+    return np.stack([profile, *(peak * profile * slope for slope in logarithmic)])
+
+
+def stamp_gradients(
+    fits: SourceFits,
+    which: NDArray[np.int_],
+    x0: NDArray[np.int_],
+    y0: NDArray[np.int_],
+    side: int,
+) -> NDArray[np.float64]:
+    """Derivatives (k, 6, side, side) of `stamps` to the sources' parameters."""
+    grid = np.arange(side)
+    dx = (grid + (x0 - fits.x[which])[:, None])[:, None, :]
+    dy = (grid + (y0 - fits.y[which])[:, None])[:, :, None]
+    shape = (fits.peak, fits.sigma_major, fits.sigma_minor, fits.theta)
+    columns = (column[which, None, None] for column in shape)
+    return gaussian_gradient(dx, dy, *columns).swapaxes(0, 1)
+
+
 def stamps(
     fits: SourceFits,
     which: NDArray[np.int_],

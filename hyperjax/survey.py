@@ -513,19 +513,21 @@ def _in_processes(
     waiting = deque(tasks)
     idle = [_new_process() for _ in range(workers)]
     running: dict[Future[_Report], tuple[_Task, ProcessPoolExecutor]] = {}
-    others = set(multiprocessing.active_children())
+    children: set[BaseProcess] = set()
     try:
         while waiting or running:
             while waiting and idle:
                 task, process = waiting.popleft(), idle.pop()
                 with _interrupts_held():
+                    others = set(multiprocessing.active_children())
                     running[process.submit(_report, work, task)] = task, process
+                    children |= set(multiprocessing.active_children()) - others
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, process = running.pop(future)
                 idle.append(_usable(process, future))
                 yield _reported(future, task)
     finally:
-        interrupted = set(multiprocessing.active_children()) - others if running else set()
+        interrupted = {child for child in children if child.is_alive()} if running else set()
         _end([*idle, *(process for _, process in running.values())], interrupted)
 
 

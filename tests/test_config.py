@@ -180,7 +180,7 @@ def test_defaults_are_for_the_best_science() -> None:
     assert config.background.fit_gauss_and_bg_separately is False
     assert config.background.fit_gauss_and_bg_together is True
     assert config.background.polynomial_orders == (0, 1, 2)
-    assert config.noise.model == "white"
+    assert config.noise.model == "auto"
     assert config.units.convert_mJy is True
     assert config.survey.survey_code == 15
     assert config.files.file_map_name is None
@@ -426,7 +426,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
             "0",
             "survey.beam_fwhm_arcsec = 0: must be null or a number > 0",
         ),
-        ("noise.model", "red", "noise.model = 'red': must be white"),
+        ("noise.model", "red", "noise.model = 'red': must be one of auto, white"),
         (
             "background.polynomial_orders",
             [0, 5],

@@ -26,7 +26,8 @@ from hyperjax.detection import Detections
 from hyperjax.errors import BlankMapError, ConfigError, MapTooSmallError
 from hyperjax.fitting import STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_groups
 from hyperjax.maps import Map, read_map
-from hyperjax.modelling import model_sources
+from hyperjax.modelling import model_sources, with_noise
+from hyperjax.noise import Correlation
 from hyperjax.photometry import model_flux
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import (
@@ -381,6 +382,9 @@ def test_the_same_sky_in_two_projections_has_the_same_fluxes(observe: Observe) -
 
 
 EMPTY = replace(FIELD, n_sources=0, shape=(70, 60))
+CORRELATED = Simulation(
+    shape=(300, 300), n_sources=40, snr_range=(15, 80), min_separation_beams=4.0, noise="beam"
+)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +431,41 @@ def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
     automatic = field.extraction.catalog[: len(result.catalog)]
     ratio = result.catalog["FLUX_TOTAL_ERR"] / automatic["FLUX_TOTAL_ERR"]
     assert_allclose(ratio, 2e-3 / field.extraction.rms[0, 0], rtol=0.02)
+
+
+def flux_and_peak_pulls(options: Simulation, observe: Observe, config: Config) -> NDArray:
+    """(measured - true) / error of total fluxes and of peaks (2, n)."""
+    found = measure(*observe(options), config)
+    names = ("FLUX_TOTAL", "FLUX_PEAK")
+    pulls = [(found.rows[n] - found.truth[n]) / found.rows[f"{n}_ERR"] for n in names]
+    return np.array([pull.to_value(u.dimensionless_unscaled) for pull in pulls])
+
+
+def test_errors_in_noise_that_neighbouring_pixels_share(observe: Observe) -> None:
+    """Of 120 sources; errors for white noise are too small."""
+    maps = [replace(CORRELATED, seed=seed) for seed in (1, 2, 3)]
+    auto, white = (
+        np.concatenate(
+            [
+                flux_and_peak_pulls(o, observe, Config.model_validate({"noise": {"model": model}}))
+                for o in maps
+            ],
+            axis=1,
+        )
+        for model in ("auto", "white")
+    )
+    assert_allclose(auto.std(axis=1), 1, atol=0.2)
+    assert (white.std(axis=1) > 1.5).all()
+
+
+def test_the_catalogue_tells_what_the_noise_is(field: Measured, observe: Observe) -> None:
+    assert field.extraction.catalog.meta["noise_model"] == "white"
+    _, image = observe(CORRELATED)
+    meta = extract(image).catalog.meta
+    assert meta["noise_model"] == "correlated"
+    assert (
+        3.5 < meta["noise_correlation_fwhm_pix"] < 5.7
+    )  # sqrt(2) beams, less what the filter took
 
 
 def test_a_manual_noise_below_all_rounding_is_refused(field: Measured) -> None:
@@ -549,8 +588,11 @@ def fit(
     peak, level = sources.peak, np.full(len(x), rms)
     found = Detections(x, y, peak, peak / rms, level, np.zeros(len(x)))
     noise = np.where(np.isfinite(sources.data), rms, np.nan)
-    fits = model_sources(sources.data, noise, found, beam, options).fits
-    return model_sources(sources.data, noise, found, beam, options, fits).fits if again else fits
+    modelled = model_sources(sources.data, noise, found, beam, options)
+    if again:
+        modelled = model_sources(sources.data, noise, found, beam, options, modelled.fits)
+    linear = options.fit_options.loss == "linear"
+    return with_noise(modelled, noise, Correlation.white()) if linear else modelled.fits
 
 
 def flux_pulls(sources: Scene, fits: SourceFits) -> NDArray:
