@@ -439,6 +439,26 @@ def test_stopping_early_ends_the_processes(
     assert time.monotonic() - start < 100
 
 
+def test_stopping_early_leaves_the_processes_of_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that the calling program has begun in the meantime."""
+    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+
+    def begin_own_and_interrupt(*args: Any, **keywords: Any) -> Any:
+        own.start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey, "wait", begin_own_and_interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(survey._in_processes([task_named("a", 0, tmp_path)], 1, sleep))
+        assert multiprocessing.active_children() == [own]
+    finally:
+        own.kill()
+        own.join()
+
+
 def sleep_over_two_maps(folder: Path) -> None:
     tasks = [task_named("a", 0, folder), task_named("b", 1, folder)]
     list(survey._in_processes(tasks, 2, sleep))
