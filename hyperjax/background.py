@@ -18,8 +18,8 @@ from hyperjax.groups import (
     buckets,
     cut_out,
     in_chunks,
-    offsets,
     overlap,
+    own_offsets,
     windows,
     within_reach,
 )
@@ -84,13 +84,8 @@ class Backgrounds(NamedTuple):
 
     def images(self, placed: Windows, which: NDArray[np.int_]) -> NDArray[np.float64]:
         """Backgrounds (block, side, side) on the windows of blocks of one bucket."""
-        side = int(placed.side[which[0]])
-        coordinate = (np.arange(side) + 0.5) / (side / 2) - 1
-        rising = coordinate ** np.arange(MAX_ORDER + 1)[:, None]
-        of_x, of_y = powers(MAX_ORDER).T
-        table = np.zeros((len(which), len(rising), len(rising)))
-        table[:, of_y, of_x] = self.coefficients[which]
-        return np.asarray(rising.T @ table @ rising)
+        terms = self.terms(int(placed.side[which[0]]))
+        return np.tensordot(self.coefficients[which], terms, 1)
 
 
 def level_at(
@@ -139,8 +134,8 @@ def _distances(placed: Windows, which: NDArray[np.int_], fits: SourceFits) -> ND
     side = int(placed.side[which[0]])
     out = np.empty((len(which), side, side))
     for some in in_chunks(which):
-        dx, dy, first = offsets(placed, which[some], fits.x, fits.y)
-        out[some] = np.minimum.reduceat(np.hypot(dx[:, None, :], dy[:, :, None]), first)
+        dx, dy, first = own_offsets(placed, which[some], fits.x, fits.y)
+        out[some] = np.minimum.reduceat(np.hypot(dx, dy), first)
     return out
 
 

@@ -145,17 +145,29 @@ def in_chunks(which: NDArray[np.int_]) -> list[slice]:
     return [slice(first, first + _CHUNK) for first in range(0, len(which), _CHUNK)]
 
 
-def offsets(
+def pixel_offsets(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    x0: NDArray[np.int_],
+    y0: NDArray[np.int_],
+    side: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Offsets of pixels from k positions, each on the window whose first pixel is (x0, y0).
+
+    Those of the columns are (k, 1, side), those of the rows (k, side, 1).
+    """
+    grid = np.arange(side)
+    dx, dy = grid + (x0 - x)[:, None], grid + (y0 - y)[:, None]
+    return dx[:, None, :], dy[:, :, None]
+
+
+def own_offsets(
     placed: Windows, which: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int_]]:
-    """Offsets of the columns and the rows of blocks' windows (k, side) from each own source.
-
-    And where the sources of each block begin among the k.
-    """
-    own, grid = members_of(placed, which), np.arange(int(placed.side[which[0]]))
-    corner = which[own.row]
-    dx = grid + (placed.x0[corner] - x[own.source])[:, None]
-    dy = grid + (placed.y0[corner] - y[own.source])[:, None]
+    """`pixel_offsets` from the k sources of some blocks, and where each block begins among them."""
+    own, side = members_of(placed, which), int(placed.side[which[0]])
+    corner = placed.x0[which[own.row]], placed.y0[which[own.row]]
+    dx, dy = pixel_offsets(x[own.source], y[own.source], *corner, side)
     return dx, dy, np.flatnonzero(own.slot == 0)
 
 
@@ -238,7 +250,7 @@ def within_reach(
     side = int(placed.side[which[0]])
     out = np.zeros((len(which), side, side), bool)
     for some in in_chunks(which):
-        dx, dy, first = offsets(placed, which[some], x, y)
-        near = dx[:, None, :] ** 2 + dy[:, :, None] ** 2 <= reach**2
+        dx, dy, first = own_offsets(placed, which[some], x, y)
+        near = dx**2 + dy**2 <= reach**2
         out[some] = np.logical_or.reduceat(near, first)
     return out

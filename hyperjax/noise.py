@@ -96,8 +96,8 @@ def measure_correlation(noise: NDArray[np.float64], reach: int) -> Correlation:
 
     with m = 1 where there is noise. It is kept up to the last radius at which its mean over the
     angle stands out of its own scatter, :math:`\sqrt{\sum \rho^2 / N}` for N pixels
-    (Bartlett 1946), and fades to 0 there. White noise, and images with too few pixels, give
-    `Correlation.white`.
+    (Bartlett 1946), and fades to 0 there. White noise, and images with too few pixels or the same
+    value in all, give `Correlation.white`.
 
     Parameters
     ----------
@@ -113,11 +113,14 @@ def measure_correlation(noise: NDArray[np.float64], reach: int) -> Correlation:
     centred = np.where(valid, noise - np.mean(noise[valid]), 0.0)
     pairs = _autocorrelation(valid.astype(float), reach)
     covariance = _autocorrelation(centred, reach) / np.maximum(pairs, 1)
-    rho = covariance / covariance[reach, reach]
+    variance = covariance[reach, reach]
+    if not variance > 0:
+        return Correlation.white()
+    rho = covariance / variance
     scatter = math.sqrt(np.sum(rho**2) / valid.sum())
     profile = _radial_profile(rho)
     seen = np.abs(profile) > max(_SIGNIFICANT * scatter, _LEAST_CORRELATION)
-    last = int(np.max(np.flatnonzero(seen)))
+    last = int(np.max(np.flatnonzero(seen), initial=0))
     if last == 0:
         return Correlation.white()
     return _faded(rho, last)

@@ -104,8 +104,16 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         residual = map.data - background - model
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual, fits, config)
-        if modelled is not None and config.fit_options.loss == "linear":
+        loss = config.fit_options.loss
+        if modelled is not None and loss == "linear":
             fits = with_noise(modelled, _noise_map(map, rms), correlation)
+        elif modelled is not None and not correlation.is_white:
+            logger.warning(
+                "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
+                "know: they are too small; use fit_options.loss = linear for right ones",
+                map.path or map.name,
+                loss,
+            )
     with timed(seconds, "photometry", map.name):
         ratio = config.photometry.fwhm_radius_ratio
         apertures = aperture_photometry(residual, fits, rms, ratio, correlation)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperjax.groups import overlap
+from hyperjax.groups import overlap, pixel_offsets
 
 Floats = NDArray[np.float64] | float
 """A number, or an array of them."""
@@ -142,9 +142,7 @@ def stamp_gradients(
     side: int,
 ) -> NDArray[np.float64]:
     """Derivatives (k, 6, side, side) of `stamps` to the sources' parameters."""
-    grid = np.arange(side)
-    dx = (grid + (x0 - fits.x[which])[:, None])[:, None, :]
-    dy = (grid + (y0 - fits.y[which])[:, None])[:, :, None]
+    dx, dy = pixel_offsets(fits.x[which], fits.y[which], x0, y0, side)
     shape = (fits.peak, fits.sigma_major, fits.sigma_minor, fits.theta)
     columns = (column[which, None, None] for column in shape)
     return gaussian_gradient(dx, dy, *columns).swapaxes(0, 1)
@@ -158,9 +156,7 @@ def stamps(
     side: int,
 ) -> NDArray[np.float64]:
     """Some of the sources (k, side, side), Jy/beam, on windows whose first pixels are (x0, y0)."""
-    grid = np.arange(side)
-    dx = (grid + (x0 - fits.x[which])[:, None])[:, None, :]
-    dy = (grid + (y0 - fits.y[which])[:, None])[:, :, None]
+    dx, dy = pixel_offsets(fits.x[which], fits.y[which], x0, y0, side)
     shape = (fits.sigma_major, fits.sigma_minor, fits.theta)
     unit = unit_gaussian(dx, dy, *(column[which, None, None] for column in shape))
     return fits.peak[which, None, None] * unit

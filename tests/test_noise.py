@@ -62,6 +62,18 @@ def test_too_few_pixels_are_taken_as_white(part: float) -> None:
     assert measure_correlation(noise, 12).is_white
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (20, 20)])
+def test_a_handful_of_pixels_are_taken_as_white(shape: tuple[int, int]) -> None:
+    """So few that any correlation could be chance."""
+    noise = np.random.default_rng(11).normal(size=shape)
+    noise.flat[20:] = np.nan
+    assert measure_correlation(noise, 12).is_white
+
+
+def test_no_noise_at_all_is_taken_as_white() -> None:
+    assert measure_correlation(np.full((60, 60), 0.5), 12).is_white
+
+
 def test_sums_in_white_noise() -> None:
     weights = np.random.default_rng(7).normal(size=(3, 4, 9, 8))
     expected = np.einsum("npyx,nqyx->npq", weights, weights)
