@@ -407,8 +407,20 @@ def _to_results(
         nmse=solution.normal.chi2 / n,
         steps=solution.steps,
         status=solution.status,
-        on_bound=solution.on_bound[:, : slots * SHAPE].reshape(count, slots, SHAPE),
+        on_bound=_on_bound(batch, params, model.grid),
     )
+
+
+def _on_bound(batch: GroupBatch, params: np.ndarray, grid: Grid) -> np.ndarray:
+    """Parameters (group, slot, 6) that are on a bound, to the rounding of the scaled ones."""
+    lower, upper = batch.lower.copy(), batch.upper.copy()
+    lower[..., MAJOR], upper[..., MINOR] = lower[..., MINOR], upper[..., MAJOR]
+    lower[..., THETA], upper[..., THETA] = -np.inf, np.inf
+    size = np.abs(params)
+    size[..., X : Y + 1] += 2 * grid.half
+    slack = 16 * np.finfo(params.dtype).eps * size
+    at_bound = (params <= lower + slack) | (params >= upper - slack)
+    return np.asarray(at_bound & batch.free & batch.present[..., None])
 
 
 def to_parameters(

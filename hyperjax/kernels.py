@@ -26,7 +26,7 @@ from hyperjax.solver import Solution, Tolerances, solve_lanes
 logger = logging.getLogger(__name__)
 
 _DIGEST = hashlib.sha256().digest_size
-_SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0, 0), Scale(0, 0, 0, 0)))
+_SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0), Scale(0, 0, 0, 0)))
 
 
 class _Kind(NamedTuple):

@@ -191,8 +191,10 @@ def _to_result(
     inverse = inverse_over_free(solution.normal.matrix, problems.free)[:, own][:, :, own]
     spread = 1 if model.loss == "linear" else solution.normal.spread[:, None, None]
     deviation = np.sum((problems.weight * _deviation(problems)) ** 2, 1)
+    there = batch.present[..., None]
+    params = np.where(there, sources(solution.params), batch.start)
     return FitResult(
-        params=np.where(batch.present[..., None], sources(solution.params), batch.start),
+        params=params,
         coefficients=coefficients,
         covariance=inverse * spread,
         cost=solution.normal.cost,
@@ -201,7 +203,7 @@ def _to_result(
         nmse=chi2 / np.where(deviation > 0, deviation, 1),
         steps=solution.steps,
         status=solution.status,
-        on_bound=sources(np.asarray(solution.on_bound)),
+        on_bound=((params <= batch.lower) | (params >= batch.upper)) & batch.free & there,
     )
 
 

@@ -58,17 +58,15 @@ class State(NamedTuple):
     growth: Float[Array, ""]
     steps: Int[Array, ""]
     status: Int[Array, ""]
-    on_bound: Bool[Array, " P"]
 
 
 class Solution(NamedTuple):
-    """Optimum of one problem: parameters, normal equations there, steps, status, active bounds."""
+    """Optimum of one problem: parameters, normal equations there, steps and status."""
 
     params: Float[Array, " P"]
     normal: Normal
     steps: Int[Array, ""]
     status: Int[Array, ""]
-    on_bound: Bool[Array, " P"]
 
 
 def begin(model: Objective, problem: Problem) -> State:
@@ -92,7 +90,6 @@ def begin(model: Objective, problem: Problem) -> State:
         growth=jnp.asarray(2.0, dtype),
         steps=jnp.zeros((), jnp.int32),
         status=jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32),
-        on_bound=jnp.zeros(size, bool),
     )
 
 
@@ -150,7 +147,6 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
         growth=growth,
         steps=steps,
         status=status.astype(jnp.int32),
-        on_bound=(blocked | (last & (clipped != step))) & problem.free,
     )
 
 
@@ -317,4 +313,4 @@ def _select(mask: Bool[Array, " lane"], new: State, old: State) -> State:
 
 
 def _solution(state: State) -> Solution:
-    return Solution(state.params, state.normal, state.steps, state.status, state.on_bound)
+    return Solution(state.params, state.normal, state.steps, state.status)

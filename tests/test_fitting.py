@@ -170,6 +170,17 @@ def test_keeps_the_bounds_exactly() -> None:
     assert_allclose(sizes[:, 1][bound[:, 1]], SIGMA, rtol=1e-12)
 
 
+@pytest.mark.parametrize("ftol", [None, 0.03])
+def test_whatever_ends_on_a_bound_is_told(ftol: float | None) -> None:
+    """Also what the last step, which is not evaluated, has put there: with a loose tolerance."""
+    batch, _ = make_batch(300, seed=6, snr=(3, 8))
+    fit = fit_groups(batch, FitOptions(ftol=ftol))
+    sizes, bound = (values[batch.present][:, MAJOR:THETA] for values in (fit.params, fit.on_bound))
+    ends = (sizes <= SIGMA * (1 + 1e-12)) | (sizes >= 2 * SIGMA * (1 - 1e-12))
+    assert (ends.sum(axis=0) > 20).all()
+    assert_array_equal(bound, ends)
+
+
 @pytest.mark.parametrize("factor", [1e-7, 1e7])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_is_scale_invariant(factor: float, dtype: type) -> None:
