@@ -20,17 +20,13 @@ BEST = 1e-6
 
 
 class Case(NamedTuple):
-    """Groups of `slots` sources (2 to 4 in 4) in unit white noise; lengths in pixels.
-
-    Of `count` fits, `lost` may end in another minimum of the cost.
-    """
+    """Groups of `slots` sources (2 to 4 in 4) in unit white noise; lengths in pixels."""
 
     slots: int
     side: int
     order: int
     spread: float  # positions are at most this far from the centre
     count: int
-    lost: int = 0
     masked: float = 0.0
     snr: tuple[float, float] = (10, 50)
     circular: bool = False
@@ -56,9 +52,9 @@ CASES = {
     "one source, float32 of 1e+7": A._replace(factor=1e7, **SINGLE),
     "blends": B,
     "blends, 30 % masked, circular": B._replace(masked=0.3, circular=True, count=10),
-    # From these starts there are other minima in reach, for scipy from the start alone, too.
-    "blends, poor starts": B._replace(poor=True, count=20, lost=1),
-    "blends, S/N 3 to 5": B._replace(snr=(3, 5), count=20, lost=1),
+    # From these starts other minima are in reach: 1 or 2 % of many more fits end in them.
+    "blends, poor starts": B._replace(poor=True, count=20),
+    "blends, S/N 3 to 5": B._replace(snr=(3, 5), count=20),
 }
 
 
@@ -274,13 +270,13 @@ def test_the_oracle_knows_its_derivatives() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_fits_end_at_the_lowest_cost(name: str) -> None:
-    """Every fit of one source and of easy blends; all but `lost` of harder blends."""
+    """Every one of them."""
     case = CASES[name]
     batch, truth = make(case)
     fit = fit_groups(batch)
     assert (fit.status == CONVERGED).all()
     over = excess(oracles(batch, truth, case), fit)
-    assert np.sum(over > BEST) <= case.lost, f"of {case.count} fits: {over[over > BEST]}"
+    assert (over <= BEST).all(), f"{np.sum(over > BEST)} of {case.count} fits: {over[over > BEST]}"
 
 
 def excess(groups: list[Oracle], fit: FitResult) -> np.ndarray:
