@@ -45,6 +45,15 @@ class FLAGS(IntFlag):
         flag.description = description
         return flag
 
+    @classmethod
+    def on_bound(cls, parameters: NDArray[np.bool_]) -> NDArray[np.int_]:
+        """Flags (n,) of the parameters (n, 6) that ended on a bound: peak, x, y, sigmas, theta."""
+        return np.asarray(
+            cls.PEAK_ON_BOUND * parameters[:, 0]
+            + cls.POSITION_ON_BOUND * parameters[:, 1:3].any(axis=1)
+            + cls.SIZE_ON_BOUND * parameters[:, 3:5].any(axis=1)
+        )
+
     NOT_CONVERGED = 1, "the fit did not converge; do not trust any value"
     SECOND_TRY = 2, "the fit converged only at the second try, with wider bounds"
     POSITION_ON_BOUND = 4, "the fitted position lies on the edge of its allowed range"

@@ -148,24 +148,34 @@ def high_pass(data: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
     A plane goes first: where a box is cut off by the edge, its mean is not that of its middle.
     """
-    valid = np.isfinite(data)
-    level = _plane(data, valid)
-    share = ndimage.uniform_filter(valid.astype(float), size, mode="constant")
-    total = ndimage.uniform_filter(np.where(valid, data - level, 0.0), size, mode="constant")
-    mean = np.divide(total, share, out=np.zeros_like(total), where=valid)
-    return np.where(valid, data - level - mean, np.nan)
+    return HighPass(np.isfinite(data), size)(data)
 
 
-def _plane(data: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The least-squares plane (ny, nx) through the valid pixels, from their moments."""
-    middle = np.mean(data[valid])
-    y, x = (np.vander(np.linspace(-1, 1, length), 3, increasing=True) for length in data.shape)
-    area = y.T @ valid.astype(float) @ x  # [b, a]: sum of y^b x^a
-    pull = y[:, :2].T @ np.where(valid, data - middle, 0.0) @ x[:, :2]
-    terms = [(0, 0), (0, 1), (1, 0)]
-    matrix = [[area[b + d, a + c] for d, c in terms] for b, a in terms]
-    constant, along_x, along_y = np.linalg.lstsq(matrix, [pull[term] for term in terms])[0]
-    return np.asarray(middle + constant + along_x * x[:, 1] + along_y * y[:, 1:2])
+class HighPass:
+    """`high_pass` for images with the same `valid` pixels."""
+
+    def __init__(self, valid: NDArray[np.bool_], size: int) -> None:
+        self.valid = valid
+        self.size = size
+        self._share = self._box(valid.astype(float))
+        y, x = (np.linspace(-1, 1, length) for length in valid.shape)
+        self._terms = np.stack(np.broadcast_arrays(1.0, x, y[:, None]))[:, valid]
+        self._inverse = np.linalg.pinv(self._terms @ self._terms.T)
+        self._axes = y[:, None], x
+
+    def __call__(self, data: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The filtered image, NaN where it is not valid."""
+        some = data[self.valid]
+        middle = np.mean(some)
+        constant, along_x, along_y = self._inverse @ (self._terms @ (some - middle))
+        y, x = self._axes
+        flat = data - (middle + constant + along_x * x + along_y * y)
+        total = self._box(np.where(self.valid, flat, 0.0))
+        mean = np.divide(total, self._share, out=np.zeros_like(total), where=self.valid)
+        return np.where(self.valid, flat - mean, np.nan)
+
+    def _box(self, image: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(ndimage.uniform_filter(image, self.size, mode="constant"))
 
 
 def find_peaks(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_shares
 from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, Scale, monomials
+from hyperjax.spectral import SpectralGroup
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -35,6 +36,7 @@ __all__ = [
     "FitResult",
     "GroupBatch",
     "fit_groups",
+    "fit_spectra",
 ]
 
 Solved = TypeVar("Solved")
@@ -184,6 +186,31 @@ def fit_groups(
     wanted = max(int(batch.order.max()), highest_order)
     highest = next(order for order in _ORDERS if wanted <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
+    return _fitted(model, batch, options)
+
+
+def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
+    """Fit every group of the batch to the Fourier modes of its whitened window.
+
+    Parameters
+    ----------
+    batch
+        Groups as `fit_groups` takes them, with the modes in the place of the pixels: `data` is
+        (group, 2, mode), real and imaginary parts, and `weight` (group, mode), as
+        `hyperjax.spectral.SpectralGroup` has them. `order` is -1.
+    side
+        Side of the windows, pixels, even.
+    options
+        See `FitOptions`; the loss is linear.
+    """
+    model = SpectralGroup(Grid((side, side)), batch.start.shape[1], -1)
+    result = _fitted(model, batch, options)
+    power = np.sum(batch.data**2, axis=(1, 2))
+    return result._replace(nmse=2 * result.cost / np.where(power > 0, power, 1))
+
+
+def _fitted(model: GaussianGroup, batch: GroupBatch, options: FitOptions) -> FitResult:
+    """The fits of the groups, piece by piece."""
 
     def begin(piece: GroupBatch) -> Finish:
         problems = to_problems(np, model, piece, options)

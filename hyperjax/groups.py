@@ -100,13 +100,19 @@ def windows(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     margin: float,
+    least: int = SIDES[0],
+    kinds: tuple[int, ...] = SLOTS,
 ) -> Windows:
-    """Put a window round each block, at least `margin` pixels beyond its outermost sources."""
+    """Put a window round each block, at least `margin` pixels beyond its outermost sources.
+
+    No window is smaller than `least` pixels; blocks are padded to one of the `kinds` of slots.
+    """
     low = np.array([[x[m].min(), y[m].min()] for m in members]).reshape(-1, 2)
     high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
     needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
+    needed = np.maximum(needed, least)
     side = _enlarged(needed)
-    side, slots = _without_rare_kinds(side, _slots(members))
+    side, slots = _without_rare_kinds(side, _slots(members, kinds))
     corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
     return Windows(members, corner[:, 0], corner[:, 1], side, slots, margin)
 
@@ -184,9 +190,9 @@ def _enlarged(needed: NDArray[np.int_]) -> NDArray[np.int_]:
     return np.where(needed > largest, -(-needed // largest) * largest, listed)
 
 
-def _slots(members: list[NDArray[np.int_]]) -> NDArray[np.int_]:
+def _slots(members: list[NDArray[np.int_]], kinds: tuple[int, ...]) -> NDArray[np.int_]:
     """The number of sources that each block is padded to."""
-    return np.array(SLOTS)[np.searchsorted(SLOTS, [len(m) for m in members])]
+    return np.array(kinds)[np.searchsorted(kinds, [len(m) for m in members])]
 
 
 def _without_rare_kinds(

@@ -25,6 +25,7 @@ from hyperjax.solver import Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
+_TRACED = ("models", "spectral", "solver", "kernels")
 _DIGEST = hashlib.sha256().digest_size
 _SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0), Scale(0, 0, 0, 0)))
 
@@ -140,4 +141,4 @@ def _fingerprint(kind: _Kind) -> str:
 def _source() -> bytes:
     """The code that is traced."""
     here = Path(__file__).parent
-    return b"".join((here / f"{name}.py").read_bytes() for name in ("models", "solver", "kernels"))
+    return b"".join((here / f"{name}.py").read_bytes() for name in _TRACED)

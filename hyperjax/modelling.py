@@ -518,16 +518,7 @@ def _store(
     converged = result.status[row] == CONVERGED
     fits.status[source] = np.where(converged, np.where(second[row], 2, 1), 0)
     out_of_steps = FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
-    fits.flags[source] = _bound_flags(result.on_bound[row, slot]) | out_of_steps
-
-
-def _bound_flags(on_bound: NDArray[np.bool_]) -> NDArray[np.int_]:
-    """Flags of the bounds (source, 6) that a fit ended on."""
-    return np.asarray(
-        FLAGS.PEAK_ON_BOUND * on_bound[:, 0]
-        + FLAGS.POSITION_ON_BOUND * on_bound[:, 1:3].any(axis=1)
-        + FLAGS.SIZE_ON_BOUND * on_bound[:, 3:5].any(axis=1)
-    )
+    fits.flags[source] = FLAGS.on_bound(result.on_bound[row, slot]) | out_of_steps
 
 
 def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from astropy.stats import sigma_clip
 from numpy.typing import NDArray
-from scipy import fft
+from scipy import fft, ndimage
 
 _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
+_LOCAL_ROUNDS = 4
+_LEAST_NEAR = 1e-3  # share of valid pixels round a pixel that its local noise is told from
 _SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
 _LEAST_CORRELATION = 0.03  # what is less is taken for none
 _TAPER = 0.25  # of the reach, over which the correlation fades to 0
@@ -87,6 +89,43 @@ def clipped_share(clip: float, iterations: int) -> float:
         density = math.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
         share = math.sqrt(1 - 2 * a * density / math.erf(a / math.sqrt(2)))
     return share
+
+
+def local_rms(
+    image: NDArray[np.float64], valid: NDArray[np.bool_], width_pix: float
+) -> NDArray[np.float64]:
+    """Standard deviation of noise round every pixel (ny, nx), under a bell of a standard deviation.
+
+    Pixels further out than 3 standard deviations, local ones, are left out, and what that takes
+    from the noise is made up for. Where no pixel is near, it is that of the whole image.
+
+    Parameters
+    ----------
+    image, valid
+        (ny, nx) noise about 0, and where it is.
+    width_pix
+        Standard deviation of the bell, pixels.
+    """
+    rms = np.full(image.shape, clipped_rms(np.where(valid, image, np.nan)))
+    for _ in range(_LOCAL_ROUNDS):
+        kept = valid & (np.abs(image) < _CLIP_SIGMA * rms)
+        share = _under_bell(kept.astype(float), width_pix)
+        square = _under_bell(np.where(kept, image, 0.0) ** 2, width_pix)
+        known = share > _LEAST_NEAR
+        variance = np.divide(square, share, out=np.zeros_like(square), where=known)
+        rms = np.where(known, np.sqrt(variance) / clipped_share(_CLIP_SIGMA, 1), rms)
+    return rms
+
+
+def _under_bell(image: NDArray[np.float64], width_pix: float) -> NDArray[np.float64]:
+    """Mean of an image under a bell: that of a box, three times; 0 beyond the edges.
+
+    Three boxes of the side s have the variance (s^2 - 1) / 4.
+    """
+    side = max(2 * round(math.sqrt(width_pix**2 + 0.25) - 0.5) + 1, 3)
+    for _ in range(3):
+        image = ndimage.uniform_filter(image, side, mode="constant")
+    return image
 
 
 def measure_correlation(noise: NDArray[np.float64], reach: int) -> Correlation:

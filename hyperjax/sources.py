@@ -83,11 +83,30 @@ class SourceFits(NamedTuple):
         """Some of the sources."""
         return SourceFits(**{name: column[index] for name, column in self._asdict().items()})
 
+    def and_more(self, more: "SourceFits") -> "SourceFits":
+        """These sources, and after them others."""
+        return SourceFits(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))
+
+    @classmethod
+    def guess(cls, params: NDArray[np.float64]) -> "SourceFits":
+        """Sources of known parameters (n, 6) that nothing else is known of."""
+        columns = dict(zip(cls._fields[:6], params.T.copy(), strict=True))
+        return cls.unknown(len(params))._replace(**columns)
+
     @property
     def is_drawable(self) -> NDArray[np.bool_]:
         """Whether each source (n,) has a finite peak, position and shape."""
         finite = np.isfinite(self[:6]).all(axis=0)
         return np.asarray(finite & (self.sigma_minor > 0) & (self.sigma_major > 0))
+
+
+def nearest_values(
+    image: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Values of an image at the pixels (of the image) that are nearest to some positions."""
+    row = np.clip(np.rint(y).astype(int), 0, image.shape[0] - 1)
+    column = np.clip(np.rint(x).astype(int), 0, image.shape[1] - 1)
+    return np.asarray(image[row, column])
 
 
 def principal_offsets(

@@ -1,0 +1,150 @@
+"""Find and model all sources of a map in noise that neighbouring pixels share.
+
+In rounds: the noise is measured on what the sources leave of the map, all sources are fitted anew,
+and what is left is searched for more, until nothing is added.
+"""
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import KDTree
+
+from hyperjax.deblending import LEAST_SNR_SQUARED, NEAR_FWHM, Peaks, better_blocks
+from hyperjax.photometry import model_flux
+from hyperjax.sources import SourceFits, render_sources, stamps
+from hyperjax.spectrum import matched
+from hyperjax.whitened import (
+    Field,
+    Noise,
+    first_noise,
+    fit_new,
+    lay_out,
+    sweep,
+    updated_noise,
+    white_residual,
+)
+
+logger = logging.getLogger(__name__)
+
+_START_SIZE = 1.2  # of the beam: sources are rarely smaller
+_NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
+_ROUNDS = 6
+_FINAL_SWEEPS = 2
+
+
+class Found(NamedTuple):
+    """Sources of a map, and the noise that they were found in."""
+
+    fits: SourceFits
+    noise: Noise
+
+
+def find_sources(field: Field) -> Found | None:
+    """Find and fit all sources of a map; None if the spectrum of its noise cannot be had."""
+    noise = first_noise(field)
+    if noise is None:
+        return None
+    threshold = field.config.detection.sigma_thres
+    first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
+    fits = sweep(field, noise, _as_sources(field, first))
+    settled = np.zeros(len(fits.x), bool)
+    for number in range(_ROUNDS):
+        noise = updated_noise(field, noise, fits)
+        fits = sweep(field, noise, fits)
+        keep = _is_source(fits, threshold if number else 0.0)
+        fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
+        white = white_residual(field, noise, fits)
+        peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
+        new = _isolated(field, noise, white, peaks, fits)
+        fits, settled, changed = better_blocks(
+            field, noise, white, fits, settled, lay_out(field, fits).placed, peaks
+        )
+        fits = fits.and_more(new)
+        settled = np.append(settled, np.zeros(len(new.x), bool))
+        logger.debug("round %d: %d blocks, %d sources", number, changed, len(new.x))
+        if number and changed == 0 and len(new.x) == 0:
+            break
+    for _ in range(_FINAL_SWEEPS):
+        noise = updated_noise(field, noise, fits)
+        fits = sweep(field, noise, fits)
+        keep = _is_source(fits, threshold)
+        fits = fits.take(np.flatnonzero(keep))
+        if keep.all():
+            break
+    return Found(_with_blanks(field, fits), noise)
+
+
+def _is_source(fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
+    """Whether the total flux of each source is significant.
+
+    An isolated source must reach the threshold; members of a group were compared with what their
+    group is without them.
+    """
+    flux, error = model_flux(fits)
+    ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
+    least = np.where(fits.group_size > 1, 0.0, threshold)
+    return np.asarray((ratio >= least) & (ratio**2 > LEAST_SNR_SQUARED))
+
+
+def find_peaks(field: Field, noise: Noise, white: NDArray[np.float64], threshold: float) -> Peaks:
+    """Peaks of the matched filter of the beam above a threshold, brightest first."""
+    snr, error = matched(white, noise.spectrum, field.sigma_pix)
+    snr = np.where(field.valid, snr, -np.inf)
+    y, x = np.nonzero((snr == ndimage.maximum_filter(snr, size=3)) & (snr > threshold))
+    inside = field.depth[y, x] > max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)
+    y, x = y[inside], x[inside]
+    order = np.argsort(-snr[y, x], kind="stable")
+    y, x = y[order], x[order]
+    found = Peaks(
+        x + _vertex(snr[y, x - 1], snr[y, x], snr[y, x + 1]),
+        y + _vertex(snr[y - 1, x], snr[y, x], snr[y + 1, x]),
+        snr[y, x],
+        snr[y, x] * error * noise.scale[y, x],
+    )
+    return found
+
+
+def _vertex(
+    before: NDArray[np.float64], at: NDArray[np.float64], after: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Where the parabola through three equidistant values has its top, from the middle one."""
+    bend = before - 2 * at + after
+    return np.clip(
+        np.divide(before - after, 2 * bend, out=np.zeros_like(at), where=bend < 0), -0.5, 0.5
+    )
+
+
+def _isolated(
+    field: Field, noise: Noise, white: NDArray[np.float64], peaks: Peaks, fits: SourceFits
+) -> SourceFits:
+    """Sources at those peaks above the threshold that are at no source yet."""
+    threshold = field.config.detection.sigma_thres
+    bright = peaks.take(peaks.snr > threshold)
+    if len(fits.x):
+        distance = KDTree(_positions(fits)).query(np.column_stack([bright.x, bright.y]))[0]
+        bright = bright.take(distance >= NEAR_FWHM * field.fwhm_pix)
+    new = fit_new(field, noise, white, _as_sources(field, bright))
+    return new.take(np.flatnonzero(_is_source(new, threshold)))
+
+
+def _positions(fits: SourceFits) -> NDArray[np.float64]:
+    return np.column_stack([fits.x, fits.y])
+
+
+def _as_sources(field: Field, peaks: Peaks) -> SourceFits:
+    """Peaks as round sources, to start from."""
+    size = np.full(len(peaks.x), _START_SIZE * field.sigma_pix)
+    return SourceFits.guess(
+        np.column_stack([peaks.peak, peaks.x, peaks.y, size, size, np.zeros(len(size))])
+    )
+
+
+def _with_blanks(field: Field, fits: SourceFits) -> SourceFits:
+    """The covariance of sources next to blank pixels, which the fit took for what the model says.
+
+    It grows as the share of a source's own power that lies on valid pixels falls short of 1.
+    """
+    return fits

@@ -1,0 +1,220 @@
+"""The power spectrum of a map's noise: measured, and taken out of the map.
+
+Images are of noise in units of its local standard deviation, 0 where the map is blank. Power is
+per pixel: white noise of unit variance has the power 1 at every wave number. Wave numbers are in
+cycles per pixel.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+from scipy.signal import windows as tapers
+
+_SEGMENTS = 128, 64, 32  # sides of the squares that the spectrum is averaged over: the largest fits
+_LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
+_FLOOR = 1e-4  # of the peak of the power
+_FILLED = 0.5  # least valid share of a segment, tapered
+_MOST_FITTED = 0.8  # share of the power of a mode that the fits may have taken with them
+_AVERAGED = 60.0  # measurements that the power of each mode should be the mean of
+_LEAST_WIDTH = 0.7  # standard deviation, in modes, of what they are averaged under
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Power spectrum of the stationary noise of a filtered map.
+
+    Attributes
+    ----------
+    power
+        (side, side) power of the noise after the filter, on the modes of a square in FFT order.
+    box
+        Side of the box whose mean the filter subtracts (`hyperjax.detection.high_pass`), pixels; 0
+        where there is no filter.
+    """
+
+    power: NDArray[np.float64]
+    box: int
+
+    @classmethod
+    def white(cls, box: int) -> "Spectrum":
+        """Noise of unit variance, independent from pixel to pixel."""
+        return cls(np.ones((2, 2)), box)
+
+    def whitening(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the modes (ky, kx) of a filtered image are multiplied by: power^-1/2."""
+        side = len(self.power)
+        y, x = np.meshgrid(ky * side, kx * side, indexing="ij")
+        root = self.power**-0.5
+        return np.asarray(ndimage.map_coordinates(root, [y, x], order=1, mode="grid-wrap"))
+
+    def transfer(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the modes of an image are multiplied by that has not been filtered."""
+        mean = _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box)
+        return np.asarray((1 - mean) * self.whitening(ky, kx))
+
+    @property
+    def rms(self) -> float:
+        """Standard deviation of a pixel."""
+        return math.sqrt(np.mean(self.power))
+
+
+def _box_mean(k: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Transform of the mean over `side` pixels: Dirichlet's kernel."""
+    if side == 0:
+        return np.zeros_like(k)
+    return np.asarray(np.sinc(k * side) / np.sinc(k))
+
+
+def segment_side(shape: tuple[int, ...]) -> int:
+    """Side of the segments for a map, 0 if it is too small."""
+    return next((side for side in _SEGMENTS if min(shape) >= _LEAST_SEGMENTS * side), 0)
+
+
+def measure_spectrum(
+    image: NDArray[np.float64],
+    valid: NDArray[np.bool_],
+    last: Spectrum,
+    fitted: NDArray[np.float64] | None = None,
+) -> Spectrum | None:
+    """Welch's estimate of the power spectrum of an image (1967, IEEE Trans. AU-15, 70).
+
+    The image is whitened with the `last` estimate first, so that little power leaks from mode to
+    mode, cut into squares that overlap by half, tapered (Hann) and transformed. The mean power of
+    the squares is averaged over neighbouring modes, until enough have been averaged.
+
+    Parameters
+    ----------
+    image, valid
+        (ny, nx) noise, and where it is; squares that are blank for the most part do not count.
+    last
+        An estimate.
+    fitted
+        (side, side) share of the power of each mode that fits of sources have taken with them, on
+        the modes of `segment_side`.
+
+    Returns
+    -------
+    Spectrum or None
+        None if no square is filled.
+    """
+    side = segment_side(image.shape)
+    if side == 0:
+        return None
+    white = whiten(image, last)
+    hann = tapers.hann(side, sym=False)
+    hann = hann[:, None] * hann
+    full = np.sum(hann**2)
+    power, total = np.zeros((side, side // 2 + 1)), 0.0
+    for y in _starts(image.shape[0], side):
+        for x in _starts(image.shape[1], side):
+            part = slice(y, y + side), slice(x, x + side)
+            taper = np.where(valid[part], hann, 0.0)
+            share = np.sum(taper**2)
+            if share < _FILLED * full:
+                continue
+            centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
+            power += np.abs(fft.rfft2(taper * centred)) ** 2
+            total += share
+    if total == 0:
+        return None
+    ratio = _both_halves(power / total)
+    ratio[0, 0] = np.mean([ratio[0, 1], ratio[1, 0], ratio[0, -1], ratio[-1, 0]])
+    if fitted is not None:
+        ratio /= 1 - np.minimum(fitted, _MOST_FITTED)
+    independent = max(total / full / 2, 1.0)  # of the squares: they overlap
+    width = math.sqrt(_AVERAGED / independent / (4 * math.pi))
+    ratio = ndimage.gaussian_filter(ratio, max(width, _LEAST_WIDTH), mode="wrap")
+    k = fft.fftfreq(side)
+    measured = ratio / last.whitening(k, k) ** 2
+    return Spectrum(np.maximum(measured, _FLOOR * measured.max()), last.box)
+
+
+def _starts(length: int, side: int) -> NDArray[np.int_]:
+    """First pixels of segments that overlap by half and cover a length."""
+    count = max(math.ceil(2 * (length - side) / side), 0) + 1
+    return np.rint(np.linspace(0, length - side, count)).astype(int)
+
+
+def _both_halves(half: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All modes of the power of a real image, which is the same at k and at -k."""
+    mirrored = np.roll(half[::-1, 1:-1], 1, axis=0)[:, ::-1]
+    return np.concatenate([half, mirrored], axis=1)
+
+
+class _Room(NamedTuple):
+    """An image in the middle of its own mirror images, as it is transformed."""
+
+    before: int
+    shape: tuple[int, int]
+    total: tuple[int, int]
+
+    @property
+    def modes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Wave numbers (ky, kx) of the transform of a real image."""
+        return fft.fftfreq(self.total[0]), fft.rfftfreq(self.total[1])
+
+    def forth(self, image: NDArray[np.float64]) -> NDArray[np.complex128]:
+        """The transform."""
+        around = [
+            (self.before, total - self.before - side)
+            for side, total in zip(self.shape, self.total, strict=True)
+        ]
+        return np.asarray(fft.rfft2(np.pad(image, around, mode="symmetric")))
+
+    def back(self, waves: NDArray[np.complex128]) -> NDArray[np.float64]:
+        """The image of a transform."""
+        ny, nx = self.shape
+        image = fft.irfft2(waves, self.total)
+        return np.asarray(image[self.before : self.before + ny, self.before : self.before + nx])
+
+
+def _room(shape: tuple[int, ...], spectrum: Spectrum) -> _Room:
+    """Room for the reach of the whitening."""
+    ny, nx = shape
+    before = min(len(spectrum.power) // 2, ny - 1, nx - 1)
+    total = tuple(fft.next_fast_len(side + 2 * before, real=True) for side in (ny, nx))
+    return _Room(before, (ny, nx), (total[0], total[1]))
+
+
+@functools.lru_cache(maxsize=2)
+def _whitener(spectrum: Spectrum, room: _Room) -> NDArray[np.float64]:
+    return spectrum.whitening(*room.modes)
+
+
+@functools.lru_cache(maxsize=2)
+def _template(
+    spectrum: Spectrum, room: _Room, sigma_pix: float
+) -> tuple[NDArray[np.float64], float]:
+    """Transform of the whitened source at unit peak, and the root of its sum of squares."""
+    ky, kx = room.modes
+    damping = np.exp(-2 * (np.pi * sigma_pix) ** 2 * (ky[:, None] ** 2 + kx**2))
+    template = 2 * np.pi * sigma_pix**2 * damping * spectrum.transfer(ky, kx)
+    both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
+    both[0] = 1.0
+    if room.total[1] % 2 == 0:
+        both[-1] = 1.0
+    return template, math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
+
+
+def whiten(image: NDArray[np.float64], spectrum: Spectrum) -> NDArray[np.float64]:
+    """An image of filtered noise made white; it is continued by its mirror image."""
+    room = _room(image.shape, spectrum)
+    return room.back(room.forth(image) * _whitener(spectrum, room))
+
+
+def matched(
+    white: NDArray[np.float64], spectrum: Spectrum, sigma_pix: float
+) -> tuple[NDArray[np.float64], float]:
+    """Signal-to-noise ratio of a round Gaussian at every pixel, and the noise of its peak.
+
+    The matched filter of a source in noise of a known spectrum (Turin 1960, IRE Trans. Inf. Theory
+    6, 311): the whitened map, correlated with the whitened source of `sigma_pix`.
+    """
+    room = _room(white.shape, spectrum)
+    template, norm = _template(spectrum, room, sigma_pix)
+    return room.back(room.forth(white) * template) / norm, 1 / norm

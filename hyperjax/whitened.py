@@ -1,0 +1,469 @@
+"""Fit sources in noise that neighbouring pixels share.
+
+What the present model of all sources leaves of the map is whitened with the noise's own spectrum.
+Every block of sources is fitted to the Fourier modes of a window of that, to which its own part of
+the model is added: all at once, each against what all the others are at present.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+from hyperjax.catalog import FLAGS
+from hyperjax.config import Config
+from hyperjax.detection import HighPass
+from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_spectra
+from hyperjax.groups import Windows, blocks, buckets, cut_out, link, members_of, turns, windows
+from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.noise import local_rms
+from hyperjax.sources import SourceFits, nearest_values, render_sources
+from hyperjax.spectral import modes
+from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
+
+SLOTS = (1, 2, 4, 8, 16)
+"""Numbers of sources that blocks are padded to."""
+
+_LINK_FWHM = 1.5  # sources that are closer are fitted jointly
+_MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
+_LEAST_SIDE = 32  # of windows, pixels
+_LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
+_ALIAS = 0.02  # a mode whose alias is a larger share of it is not used
+_COARSE = 32  # side of the modes that the power of fitted sources is computed on
+_CHUNK = 64  # sources whose modes are in memory at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """What is fitted.
+
+    Attributes
+    ----------
+    data
+        (ny, nx) brightness, NaN where blank, Jy/beam.
+    fwhm_pix
+        FWHM of the beam, pixels.
+    box
+        Side of the box of the high-pass filter, pixels.
+    config
+        The options.
+    """
+
+    data: NDArray[np.float64]
+    fwhm_pix: float
+    box: int
+    config: Config
+
+    @cached_property
+    def valid(self) -> NDArray[np.bool_]:
+        """Where the map is not blank."""
+        return np.isfinite(self.data)
+
+    @cached_property
+    def depth(self) -> NDArray[np.float64]:
+        """Distance of every pixel from the edge and from blank pixels."""
+        return np.asarray(ndimage.distance_transform_edt(np.pad(self.valid, 1))[1:-1, 1:-1])
+
+    @cached_property
+    def high_pass(self) -> HighPass:
+        """The filter."""
+        return HighPass(self.valid, self.box)
+
+    @property
+    def sigma_pix(self) -> float:
+        """Standard deviation of the beam, pixels."""
+        return self.fwhm_pix / FWHM_PER_SIGMA
+
+
+class Noise(NamedTuple):
+    """Noise of the filtered map: (ny, nx) `scale`, Jy/beam, times stationary noise of `spectrum`.
+
+    It is scaled to the noise of sources: such that the matched filter of the beam has the noise 1.
+    """
+
+    scale: NDArray[np.float64]
+    spectrum: Spectrum
+
+    @property
+    def rms(self) -> NDArray[np.float64]:
+        """Standard deviation (ny, nx) of a pixel, Jy/beam."""
+        return self.scale * self.spectrum.rms
+
+
+class Layout(NamedTuple):
+    """The group of each source, the blocks' windows, and when each block is fitted."""
+
+    group: NDArray[np.int_]
+    placed: Windows
+    turn: NDArray[np.int_]
+
+
+def lay_out(field: Field, fits: SourceFits) -> Layout:
+    """Link the sources and put windows round their blocks."""
+    group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
+    members = blocks(group, fits.x, fits.y)
+    margin = _MARGIN_FWHM * field.fwhm_pix
+    placed = windows(members, fits.x, fits.y, margin, least=_LEAST_SIDE, kinds=SLOTS)
+    return Layout(group, placed, turns(members, group))
+
+
+# --- The noise --------------------------------------------------------------------------------
+
+
+def first_noise(field: Field) -> Noise | None:
+    """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had."""
+    image, valid = _filtered(field, None), field.valid
+    scale = local_rms(image, valid, _LOCAL_FWHM * field.fwhm_pix)
+    if not np.all(scale > 0):
+        return None
+    unit = np.clip(image / scale, -_CLIP_SIGMA, _CLIP_SIGMA)
+    spectrum: Spectrum | None = Spectrum.white(field.box)
+    for _ in range(_FIRST_ROUNDS):
+        if spectrum is None:
+            return None
+        spectrum = measure_spectrum(unit, valid, spectrum)
+    return None if spectrum is None else _normalised(field, Noise(scale, spectrum), unit)
+
+
+_CLIP_SIGMA = 3.0
+_FIRST_ROUNDS = 2  # each whitened with the spectrum of the one before
+
+
+def updated_noise(field: Field, noise: Noise, fits: SourceFits) -> Noise:
+    """Noise of a map without the fitted sources."""
+    unit = _filtered(field, fits) / noise.scale
+    fitted = fitted_power(field, noise, fits)
+    spectrum = measure_spectrum(unit, field.valid, noise.spectrum, fitted) or noise.spectrum
+    return _normalised(field, Noise(noise.scale, spectrum), unit)
+
+
+def _normalised(field: Field, noise: Noise, unit: NDArray[np.float64]) -> Noise:
+    """The noise, so that the matched filter's own is 1 everywhere."""
+    white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
+    snr, _ = matched(white, noise.spectrum, field.sigma_pix)
+    width = _LOCAL_FWHM * field.fwhm_pix
+    return noise._replace(scale=noise.scale * local_rms(snr, field.valid, width))
+
+
+def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
+    """The high-pass filtered map without sources, 0 where blank."""
+    left = field.data if fits is None else field.data - render_sources(field.data.shape, fits)
+    return np.nan_to_num(field.high_pass(left))
+
+
+def white_residual(field: Field, noise: Noise, fits: SourceFits | None) -> NDArray[np.float64]:
+    """What the sources leave of the map, whitened: noise of unit variance, 0 where blank."""
+    white = whiten(_filtered(field, fits) / noise.scale, noise.spectrum)
+    return np.where(field.valid, white, 0.0)
+
+
+def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
+    r"""Share of the noise's power, by mode, that the fits of the sources have taken with them.
+
+    A fit takes the projection of the noise on the columns J of its Jacobian, whose power is
+    :math:`J C J^\dagger` with the covariance C of the parameters. Blends count as isolated sources.
+
+    Returns
+    -------
+    ndarray (side, side)
+        On the modes of `segment_side`.
+    """
+    side = segment_side(field.data.shape)
+    known = np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable
+    some, k = fits.take(np.flatnonzero(known)), fft.fftfreq(_COARSE)
+    variance = nearest_values(noise.scale, some.x, some.y)[:, None, None] ** 2
+    total = np.zeros((_COARSE, _COARSE))
+    for first in range(0, len(some.x), _CHUNK):
+        part = some.take(np.arange(first, min(first + _CHUNK, len(some.x))))
+        covariance = part.covariance / variance[first : first + _CHUNK]
+        for parameters, columns in _gradients(part, k[:, None], k):
+            own = covariance[:, parameters][:, :, parameters]
+            flat = columns.reshape(*columns.shape[:2], -1)
+            total += np.sum((own @ flat) * flat, axis=(0, 1)).reshape(total.shape)
+    fine = fft.fftfreq(side)
+    y, x = np.meshgrid(fine * _COARSE, fine * _COARSE, indexing="ij")
+    smooth = ndimage.map_coordinates(total, [y, x], order=1, mode="grid-wrap")
+    return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
+
+
+def _gradients(
+    fits: SourceFits, ky: NDArray[np.float64], kx: NDArray[np.float64]
+) -> list[tuple[list[int], NDArray[np.float64]]]:
+    """Slopes of the sources' transforms about their own centres, by their parameters.
+
+    Those of peak and shape (source, 4, ky, kx), which are real, and those of the position
+    (source, 2, ky, kx), which are imaginary, each with the places of the parameters.
+    """
+    shape = (fits.peak, fits.sigma_major, fits.sigma_minor, fits.theta)
+    peak, major, minor, theta = (column[:, None, None] for column in shape)
+    u, v = _principal(theta, ky, kx)
+    unit = _transform(major, minor, u, v)
+    wave = peak * unit
+    along, across = major * (2 * np.pi * u) ** 2, minor * (2 * np.pi * v) ** 2
+    turn = (2 * np.pi) ** 2 * (minor**2 - major**2) * u * v
+    real = [unit, wave * (1 / major - along), wave * (1 / minor - across), wave * turn]
+    imaginary = [-2 * np.pi * kx * wave, -2 * np.pi * ky * wave]
+    return [([0, 3, 4, 5], np.stack(real, 1)), ([1, 2], np.stack(imaginary, 1))]
+
+
+def _principal(
+    theta: NDArray[np.float64], ky: NDArray[np.float64], kx: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Wave numbers along the major and the minor axis."""
+    cos, sin = np.cos(theta), np.sin(theta)
+    return kx * cos + ky * sin, ky * cos - kx * sin
+
+
+def _transform(
+    major: NDArray[np.float64],
+    minor: NDArray[np.float64],
+    u: NDArray[np.float64],
+    v: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Transform of a Gaussian of unit peak about its centre."""
+    damping = np.exp(-2 * np.pi**2 * ((major * u) ** 2 + (minor * v) ** 2))
+    return np.asarray(2 * np.pi * major * minor * damping)
+
+
+# --- The windows of the blocks ----------------------------------------------------------------
+
+
+def window_data(
+    white: NDArray[np.float64],
+    field: Field,
+    noise: Noise,
+    fits: SourceFits,
+    placed: Windows,
+    which: NDArray[np.int_],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Data and weights of blocks of one side, as `fit_spectra` takes them.
+
+    The data are the modes of the whitened residual, and the whitened model of the block's own
+    sources; their peaks are in units of the local noise.
+    """
+    side = int(placed.side[which[0]])
+    weight = mode_weights(side, noise.spectrum, field.sigma_pix)
+    data = _modes_of(cut_out(white, placed, which, fill=0.0)) * np.where(
+        weight > 0, _per_mode(side), 0
+    )
+    own = members_of(placed, which)
+    start = in_windows(fits, noise, placed, which)
+    for first in range(0, len(own.row), _CHUNK):
+        some = slice(first, first + _CHUNK)
+        np.add.at(data, own.row[some], _source_modes(start[some], side) * weight)
+    return data, np.broadcast_to(weight, (len(which), len(weight)))
+
+
+def _per_mode(side: int) -> float:
+    """What brings a mode of a window of white noise to unit variance, in either part."""
+    return float(np.sqrt(2) / side)
+
+
+def mode_weights(side: int, spectrum: Spectrum, sigma_pix: float) -> NDArray[np.float64]:
+    """Weights (mode,) of the transform of a source (`SpectralGroup`), 0 for modes without use.
+
+    Those are the mean, the second of two conjugates, and modes where the alias of a sampled
+    Gaussian of `sigma_pix`, exp(-2 pi^2 sigma^2 (1 - 2 k)) of it, is too large a share.
+    """
+    kx, ky = modes(side)
+    weight = _per_mode(side) * spectrum.transfer(ky, kx)
+    highest = 0.5 * (1 + np.log(_ALIAS) / (2 * (np.pi * sigma_pix) ** 2))
+    weight[np.abs(ky) > highest] = 0
+    weight[:, kx > highest] = 0
+    weight[ky <= 0, 0] = 0
+    return weight.ravel()
+
+
+def _modes_of(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Real and imaginary parts (window, 2, mode) of transforms about the windows' centres."""
+    side = images.shape[-1]
+    kx, ky = modes(side)
+    rows = np.rint(ky * side).astype(int)
+    waves = fft.rfft2(images)[:, rows, : len(kx)]
+    waves *= np.exp(1j * np.pi * (side - 1) * (ky[:, None] + kx))
+    flat = waves.reshape(len(images), -1)
+    return np.stack([flat.real, flat.imag], 1)
+
+
+def _source_modes(start: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """The same (source, 2, mode) of sources (source, 6) in the pixels of their windows."""
+    kx, ky = modes(side)
+    peak, x, y, major, minor, theta = (column[:, None, None] for column in start.T)
+    u, v = _principal(theta, ky[:, None], kx)
+    size = peak * _transform(major, minor, u, v)
+    centre = (side - 1) / 2
+    turn = 2 * np.pi * (kx * (x - centre) + ky[:, None] * (y - centre))
+    parts = np.stack([size * np.cos(turn), -size * np.sin(turn)], 1)
+    return parts.reshape(len(start), 2, -1)
+
+
+def in_windows(
+    fits: SourceFits, noise: Noise, placed: Windows, which: NDArray[np.int_]
+) -> NDArray[np.float64]:
+    """Parameters (k, 6) of the sources of some blocks, in their windows and units of the noise."""
+    own = members_of(placed, which)
+    block = which[own.row]
+    out = np.column_stack([column[own.source] for column in fits[:6]])
+    out[:, 0] /= nearest_values(noise.scale, out[:, 1], out[:, 2])
+    out[:, 1] -= placed.x0[block]
+    out[:, 2] -= placed.y0[block]
+    return out
+
+
+def on_map(
+    params: NDArray[np.float64], noise: Noise, x0: NDArray[np.int_], y0: NDArray[np.int_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Undo `in_windows`: parameters (k, 6) on the map, and the unit (k,) of their peaks."""
+    out = params.copy()
+    out[:, 1] += x0
+    out[:, 2] += y0
+    unit = nearest_values(noise.scale, out[:, 1], out[:, 2])
+    out[:, 0] *= unit
+    return out, unit
+
+
+def fit_windows(
+    field: Field,
+    data: NDArray[np.float64],
+    weight: NDArray[np.float64],
+    starts: NDArray[np.float64],
+    row: NDArray[np.int_],
+    slots: int,
+    side: int,
+    options: FitOptions,
+) -> FitResult:
+    """Fit the sources `starts` (k, 6) to windows, `row` (k,) being the window of each, in order."""
+    slot = np.arange(len(row)) - np.searchsorted(row, row)
+    low, high = _bounds(field, starts)
+    shape = (len(data), slots, 6)
+
+    def padded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        out = np.zeros(shape)
+        out[row, slot] = values
+        return out
+
+    present = np.zeros(shape[:2], bool)
+    present[row, slot] = True
+    free = np.repeat(present[..., None], 6, axis=2)
+    free[..., 1:3] &= field.config.fit_options.vary
+    batch = GroupBatch(
+        data=data,
+        weight=weight,
+        start=padded(starts),
+        lower=padded(low),
+        upper=padded(high),
+        free=free,
+        present=present,
+        order=np.full(len(data), -1),
+    )
+    return fit_spectra(batch, side, options)
+
+
+def _bounds(
+    field: Field, start: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lower and upper bounds of sources (k, 6)."""
+    sizes, options = field.config.photometry, field.config.fit_options
+    shift = max(1.0, options.position_range_fwhm * field.fwhm_pix)
+    lower, upper = start.copy(), start.copy()
+    lower[:, 0], upper[:, 0] = 0.0, np.inf
+    lower[:, 1:3] -= shift
+    upper[:, 1:3] += shift
+    lower[:, 3:5], upper[:, 3:5] = (
+        sizes.aper_inf * field.sigma_pix,
+        sizes.aper_sup * field.sigma_pix,
+    )
+    lower[:, 5], upper[:, 5] = 0.0, np.pi
+    return lower, upper
+
+
+# --- One sweep --------------------------------------------------------------------------------
+
+
+def sweep(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
+    """Fit all blocks to what the other sources leave; blocks of one group in turns."""
+    fits = fits.take(np.arange(len(fits.x)))  # a copy, which changes turn by turn
+    group, placed, turn = lay_out(field, fits)
+    for now in range(np.max(turn, initial=-1) + 1):
+        white = white_residual(field, noise, fits)
+        for which in buckets(placed, turn == now).values():
+            data = window_data(white, field, noise, fits, placed, which)
+            _fit_bucket(field, noise, data, fits, placed, which)
+    size = np.bincount(group)[group] if len(group) else group
+    return fits._replace(group=group, group_size=size)
+
+
+def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceFits) -> SourceFits:
+    """Fit sources to a residual in which they still are, all others as they are."""
+    new = new.take(np.arange(len(new.x)))
+    group, placed, _ = lay_out(field, new)
+    absent = new._replace(peak=0 * new.peak)
+    for which in buckets(placed).values():
+        data = window_data(white, field, noise, absent, placed, which)
+        _fit_bucket(field, noise, data, new, placed, which)
+    size = np.bincount(group)[group] if len(group) else group
+    return new._replace(group=group, group_size=size)
+
+
+def _fit_bucket(
+    field: Field,
+    noise: Noise,
+    data: tuple[NDArray[np.float64], NDArray[np.float64]],
+    fits: SourceFits,
+    placed: Windows,
+    which: NDArray[np.int_],
+) -> None:
+    """Fit blocks of one bucket from where their sources are, and put the results there."""
+    options, first = field.config.fit_options, which[0]
+    numerics = FitOptions(
+        ftol=options.ftol, xtol=options.xtol, gtol=options.gtol, max_steps=options.max_nfev
+    )
+    starts, row = in_windows(fits, noise, placed, which), members_of(placed, which).row
+    slots, side = int(placed.slots[first]), int(placed.side[first])
+    result = fit_windows(field, *data, starts, row, slots, side, numerics)
+    _store(fits, result, noise, placed, which)
+
+
+def _store(
+    fits: SourceFits, result: FitResult, noise: Noise, placed: Windows, which: NDArray[np.int_]
+) -> None:
+    """Put the results of blocks in the places of their sources."""
+    row, slot, source = members_of(placed, which)
+    params, unit = on_map(
+        result.params[row, slot], noise, placed.x0[which[row]], placed.y0[which[row]]
+    )
+    for column, values in zip(fits[:6], params.T, strict=True):
+        column[source] = values
+    own = 6 * slot[:, None] + np.arange(6)
+    covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
+    covariance[:, 0] *= unit[:, None]
+    covariance[:, :, 0] *= unit[:, None]
+    fits.covariance[source] = covariance
+    fits.order[source] = -1
+    fits.nmse[source] = result.nmse[row]
+    fits.chi2_red[source] = result.chi2_red[row]
+    fits.bic[source] = result.bic[row]
+    fits.niter[source] = result.steps[row]
+    fits.status[source] = np.where(result.status[row] == CONVERGED, 1, 0)
+    fits.flags[source] = FLAGS.on_bound(result.on_bound[row, slot])
+    fits.flags[source] |= FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
+
+
+def significance(fits: SourceFits) -> NDArray[np.float64]:
+    """Signal-to-noise ratio (n,) of each source's peak, with its position and shape as they are."""
+    out = np.zeros(len(fits.x))
+    deviation = np.sqrt(np.diagonal(fits.covariance, axis1=1, axis2=2))
+    known = np.isfinite(fits.covariance).all(axis=(1, 2)) & (deviation[:, 0] > 0)
+    scale = np.where(deviation[known] > 0, deviation[known], 1)
+    correlation = fits.covariance[known] / scale[:, :, None] / scale[:, None, :]
+    held = np.diagonal(correlation, axis1=1, axis2=2) == 0  # not fitted
+    correlation += (held[:, None, :] + _ROUNDING) * np.eye(6)
+    inverse = np.linalg.inv(correlation)[:, 0, 0]
+    out[known] = fits.peak[known] / scale[:, 0] * np.sqrt(np.maximum(inverse, 0))
+    return out
+
+
+_ROUNDING = 1e-12
