@@ -380,6 +380,9 @@ class Photometry(_Section):
         return self
 
 
+_NOT_ROBUST = ("snr", "power_snr", "map", "spatial")
+
+
 class FitOptions(_Section):
     """Fitting Gaussians to the sources."""
 
@@ -418,11 +421,14 @@ class FitOptions(_Section):
         description="Converged when the gradient of the cost is smaller [dimensionless].",
     )
     weights: Annotated[
-        Weights, Differs("snr", "weights that grow with the signal bias the flux")
+        Weights, Differs("snr", "pixels of which the noise is the same tell the same")
     ] = Field(
         default="inverse_rms",
-        description="Weights of the pixels: null (all equal), inverse_rms (1 / noise), snr (signal "
-        "over noise), power_snr, map, mask, spatial.",
+        description="Weights of the pixels' residuals: null (all equal), inverse_rms (1 / noise), "
+        "snr (that times the S/N of the modelled sources, at least 1), power_snr (times its power "
+        "power_snr), map (the modelled brightness), mask (null, without pixels that stand out of "
+        "the residual by 3 of its scatter), spatial (1 / noise times a Gaussian round each "
+        "source).",
     )
     power_snr: NotNegative = Field(
         default=5.0, description="Exponent of the S/N where weights is power_snr [dimensionless]."
@@ -488,8 +494,9 @@ class FitOptions(_Section):
         NotNegative | None, Differs(1.0, "every pixel of the window tells something")
     ] = Field(
         default=None,
-        description="Margin of the circle of fitted pixels round a source; null, and HYPER's 1.0, "
-        "fit the whole window [sigma of the beam].",
+        description="Only pixels in a circle round a source are fitted, in a group in those of all "
+        "its sources: its radius is that much more than photometry.aper_sup; null fits the "
+        "whole window [sigma of the beam].",
     )
     spatial_weight_sigma: Positive = Field(
         default=1.5,
@@ -498,10 +505,11 @@ class FitOptions(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_weigh(self) -> "FitOptions":
-        if self.weights == "snr" and self.loss != "linear":
+        if self.loss != "linear" and self.weights in _NOT_ROBUST:
             raise ValueError(
-                f"weights = snr: does not go with loss = {self.loss}, which then takes bright "
-                "pixels for outliers; use loss = linear, or weights = null or inverse_rms"
+                f"weights = {self.weights}: does not go with loss = {self.loss}, which takes the "
+                "pixels of large weight for outliers; use loss = linear, or weights = null, mask "
+                "or inverse_rms"
             )
         return self
 
@@ -658,14 +666,6 @@ class Config(_Section):
                 raise ValueError(f"{key} = {value}: not in this version of hyperjax; {why}")
         return self
 
-    @property
-    def without_effect(self) -> dict[str, str]:
-        """Keys that have HYPER's default, which this version accepts but does not follow, and why.
-
-        A reason is what `NOT_YET` says of the key.
-        """
-        return {key: why for key, why in NOT_YET.items() if _is_hypers(self, key)}
-
 
 # --- What HYPER can do and this version cannot ---------------------------------------------------
 
@@ -679,11 +679,9 @@ _UNAVAILABLE = {
     "detection.use_fixed_source_table": _DETECTED,
     "detection.fixed_peaks": _DETECTED,
     "photometry.fixed_radius": _FITTED,
-    "fit_options.weights": "use inverse_rms, snr or null",
     "fit_options.bg_fitters": "use [least_squares]",
     "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
     "fit_options.verbose": "leave it false: see STATUS, NITER and FLAGS in the catalogue",
-    "fit_options.fit_aperture_sigma": "set the fitted pixels with fit_options.window_fwhm",
     "fits_output.fits_fitting": _MAPS_WRITTEN,
     "fits_output.fits_deblended": _MAPS_WRITTEN,
     "fits_output.fits_bg_separate": _MAPS_WRITTEN,
@@ -700,8 +698,6 @@ SWITCH = {
     "photometry.fwhm_1": "photometry.fixed_radius",
     "photometry.fwhm_2": "photometry.fixed_radius",
     "photometry.PA_val": "photometry.fixed_radius",
-    "fit_options.power_snr": "fit_options.weights",
-    "fit_options.spatial_weight_sigma": "fit_options.weights",
     "fit_options.huber_epsilons": "fit_options.bg_fitters",
     "background.pol_orders_bkg_no_sources": "control.datacube",
     "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
@@ -718,12 +714,11 @@ NOT_YET: dict[str, str] = _UNAVAILABLE | {
 }
 """Keys of HYPER that this version does not act on, and what to use instead.
 
-A value other than the default and HYPER's default is refused. A key that only refines another one
+A value other than the default is refused. A key that only refines another one
 is accepted where that other one is given and off, as in the files that HYPER writes.
 """
 
 PARTLY: dict[str, tuple[Any, ...]] = {
-    "fit_options.weights": ("null", "inverse_rms", "snr"),
     "fit_options.bg_fitters": (("least_squares",),),
 }
 """Keys of NOT_YET of which this version can do some values: these."""
@@ -732,15 +727,9 @@ PARTLY: dict[str, tuple[Any, ...]] = {
 def _asked_for(config: Config, key: str) -> bool:
     """Whether a configuration asks for what this version cannot do."""
     value = _value(config, key)
-    if value == all_keys()[key].default or value in PARTLY.get(key, ()) or _is_hypers(config, key):
+    if value == all_keys()[key].default or value in PARTLY.get(key, ()):
         return False
     return not (key in SWITCH and _is_given(config, SWITCH[key]))
-
-
-def _is_hypers(config: Config, key: str) -> bool:
-    """Whether a key has HYPER's default, which is another than ours and not in this version."""
-    differs, value = all_keys()[key].differs, _value(config, key)
-    return differs is not None and value == differs.hyper and value not in PARTLY.get(key, ())
 
 
 def _value(config: Config, key: str) -> Any:

@@ -330,8 +330,6 @@ def _log_what_was_asked(maps: Sequence[str | Path], tasks: Sequence[_Task], conf
     """Log what a run begins with: options, and maps that are not done or not named as expected."""
     logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
     logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
-    for key, why in config.without_effect.items():
-        logger.info("%s: HYPER's default is accepted, but has no effect here; %s", key, why)
     times = Counter(Path(path).resolve() for path in maps)
     for task in tasks:
         if times[task.path.resolve()] > 1:

@@ -582,14 +582,10 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "photometry.fwhm_1": [12.0],
     "photometry.fwhm_2": [11.0],
     "photometry.PA_val": [30.0],
-    "fit_options.weights": "power_snr",
-    "fit_options.power_snr": 3,
-    "fit_options.spatial_weight_sigma": 2,
     "fit_options.bg_fitters": ["least_squares", "huber"],
     "fit_options.huber_epsilons": [1.2],
     "fit_options.calc_covar": True,
     "fit_options.verbose": True,
-    "fit_options.fit_aperture_sigma": 2.0,
     "background.pol_orders_bkg_no_sources": [2],
     "fits_output.fits_fitting": True,
     "fits_output.fits_deblended": True,
@@ -619,20 +615,21 @@ def test_what_is_not_there_yet_is_refused_with_an_alternative(key: str) -> None:
     assert message.endswith(f": not in this version of hyperjax; {NOT_YET[key]}")
 
 
-@pytest.mark.parametrize("weights", ["power_snr", "map", "mask", "spatial"])
-def test_weights_that_are_not_there_yet(weights: str) -> None:
-    assert message_of({"fit_options": {"weights": weights}}) == (
-        f"my.yaml: fit_options.weights = '{weights}': not in this version of hyperjax; use "
-        "inverse_rms, snr or null"
-    )
-
-
 @pytest.mark.parametrize(
     ("written", "meant"),
     [(None, "null"), ("null", "null"), ("snr", "snr"), ("inverse_rms", "inverse_rms")],
 )
-def test_weights_that_are_there(written: str | None, meant: str) -> None:
+def test_no_weights_are_written_with_or_without_quotes(written: str | None, meant: str) -> None:
     assert config_from_dict({"fit_options": {"weights": written}}).fit_options.weights == meant
+
+
+@pytest.mark.parametrize("weights", ["snr", "power_snr", "map", "spatial"])
+def test_weights_that_vary_do_not_go_with_a_robust_loss(weights: str) -> None:
+    assert message_of({"fit_options": {"weights": weights, "loss": "cauchy"}}) == (
+        f"my.yaml: fit_options.weights = {weights}: does not go with loss = cauchy, which takes "
+        "the pixels of large weight for outliers; use loss = linear, or weights = null, mask or "
+        "inverse_rms"
+    )
 
 
 def test_what_is_not_there_yet_is_refused_in_the_class_too() -> None:
@@ -649,7 +646,6 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
         options.setdefault(section, {})[name] = value
     config = config_from_dict(options)
     assert flat(config.model_dump(mode="json"))[key] == OTHER_THAN_DEFAULT[key]
-    assert config.without_effect == {}
 
 
 # --- HYPER's files -------------------------------------------------------------------------------
@@ -658,10 +654,6 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
 def test_hypers_own_defaults_load() -> None:
     config = config_from_dict(HYPER)
     assert flat(config.model_dump(mode="json")).items() >= flat(HYPER).items()
-    assert config.without_effect == {
-        "fit_options.fit_aperture_sigma": NOT_YET["fit_options.fit_aperture_sigma"]
-    }
-    assert Config().without_effect == {}
 
 
 OLDER = """

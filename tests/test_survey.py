@@ -321,15 +321,6 @@ def test_a_result_shows_itself_on_one_line(tmp_path: Path) -> None:
     assert repr(result) == f"<SurveyResult: 2 maps finished, 1 failed, 0 sources in {where}>"
 
 
-def test_options_without_effect_are_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = config_from_dict({"fit_options": {"fit_aperture_sigma": 1.0}})
-    with caplog.at_level(logging.INFO, "hyperjax"):
-        list(run([tmp_path / "m.fits"], config, tmp_path / "out"))
-    assert "fit_options.fit_aperture_sigma: HYPER's default is accepted, but has no" in caplog.text
-
-
 # --- run_hyper -----------------------------------------------------------------------------------
 
 
