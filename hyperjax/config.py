@@ -30,7 +30,6 @@ from pydantic.fields import FieldInfo
 
 __all__ = [
     "NOT_YET",
-    "PARTLY",
     "SWITCH",
     "Background",
     "Config",
@@ -446,7 +445,11 @@ class FitOptions(_Section):
         description="Which background is best: that of the lowest nmse (mean squared residual, "
         "normalised), redchi (reduced chi squared) or bic (Bayesian information criterion).",
     )
-    verbose: bool = Field(default=False, description="Report every fit.")
+    verbose: bool = Field(
+        default=False,
+        description="Report every fit in the log: each group, its sources with their errors, and "
+        "which separate background was chosen.",
+    )
     use_l2_regularization: Annotated[
         bool, Differs(True, "the penalty pulls the background to zero and so biases the flux")
     ] = Field(
@@ -484,7 +487,9 @@ class FitOptions(_Section):
     )
     bg_fitters: Some[Literal["least_squares", "huber", "theilsen"]] = Field(
         default=("least_squares",),
-        description="How a background is fitted separately: least_squares, huber, theilsen.",
+        description="How a background is fitted separately: least_squares, huber (with each of "
+        "huber_epsilons), theilsen (the median of exact fits to many small subsets of the pixels); "
+        "pixels that stand out by 3 of their scatter are left out. The best is kept.",
     )
     huber_epsilons: Some[Epsilon] = Field(
         default=(1.1, 1.35, 1.7, 2.0),
@@ -679,9 +684,7 @@ _UNAVAILABLE = {
     "detection.use_fixed_source_table": _DETECTED,
     "detection.fixed_peaks": _DETECTED,
     "photometry.fixed_radius": _FITTED,
-    "fit_options.bg_fitters": "use [least_squares]",
     "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
-    "fit_options.verbose": "leave it false: see STATUS, NITER and FLAGS in the catalogue",
     "fits_output.fits_fitting": _MAPS_WRITTEN,
     "fits_output.fits_deblended": _MAPS_WRITTEN,
     "fits_output.fits_bg_separate": _MAPS_WRITTEN,
@@ -698,7 +701,6 @@ SWITCH = {
     "photometry.fwhm_1": "photometry.fixed_radius",
     "photometry.fwhm_2": "photometry.fixed_radius",
     "photometry.PA_val": "photometry.fixed_radius",
-    "fit_options.huber_epsilons": "fit_options.bg_fitters",
     "background.pol_orders_bkg_no_sources": "control.datacube",
     "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
     "fits_output.fits_output_dir_deblended": "fits_output.fits_deblended",
@@ -718,16 +720,11 @@ A value other than the default is refused. A key that only refines another one
 is accepted where that other one is given and off, as in the files that HYPER writes.
 """
 
-PARTLY: dict[str, tuple[Any, ...]] = {
-    "fit_options.bg_fitters": (("least_squares",),),
-}
-"""Keys of NOT_YET of which this version can do some values: these."""
-
 
 def _asked_for(config: Config, key: str) -> bool:
     """Whether a configuration asks for what this version cannot do."""
     value = _value(config, key)
-    if value == all_keys()[key].default or value in PARTLY.get(key, ()):
+    if value == all_keys()[key].default:
         return False
     return not (key in SWITCH and _is_given(config, SWITCH[key]))
 

@@ -20,7 +20,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hyperjax.config import (
     NOT_YET,
-    PARTLY,
     SWITCH,
     Config,
     Key,
@@ -402,8 +401,7 @@ def _key_lines(path: str, key: Key, indent: int) -> list[str]:
     if path in SWITCH:
         lines += _comment(f"Not in this version yet: see {SWITCH[path]}.", indent)
     elif path in NOT_YET:
-        which = "Only some" if path in PARTLY else "Not"
-        lines += _comment(f"{which} in this version yet: {NOT_YET[path]}.", indent)
+        lines += _comment(f"Not in this version yet: {NOT_YET[path]}.", indent)
     return [*lines, f"{' ' * indent}{key.name}: {default}"]
 
 
