@@ -174,9 +174,10 @@ class Files(_Section):
 
     file_map_name: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="The map or maps, in paths.input.dir_maps: one FITS file, a list of them, or "
-        "a .txt file with one name per line (# starts a comment). Not needed when the maps are "
-        "given on the command line.",
+        description="The map or maps, in paths.input.dir_maps: one FITS file, a list of them, a "
+        "folder of them (. for dir_maps itself), or a .txt file with one name per line (# starts a "
+        "comment), there or beside this file. Not needed when the maps are given on the command "
+        "line.",
     )
     hdu: Hdu = Field(
         default=None,

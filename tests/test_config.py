@@ -16,6 +16,7 @@ from hyperjax.config import NOT_YET, SWITCH, Config, Detection, all_keys
 from hyperjax.config_io import (
     config_from_dict,
     find_config,
+    find_or_offer_config,
     load_config,
     map_paths,
     template,
@@ -800,12 +801,18 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     user.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(platformdirs, "user_config_path", lambda name: user / name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(user))
     return here, user / "hyperjax"
 
 
 def test_lookup_order(folders: tuple[Path, Path]) -> None:
     here, user = folders
     assert find_config() is None
+    theirs = user.parent / "hyper-py" / "hyper_config.yaml"
+    theirs.parent.mkdir()
+    theirs.write_text("")
+    assert find_config() == theirs
+    assert load_config(theirs).base_dir == here
     user.mkdir()
     (user / "hyper_config.yaml").write_text("")
     assert find_config() == user / "hyper_config.yaml"
@@ -813,6 +820,22 @@ def test_lookup_order(folders: tuple[Path, Path]) -> None:
     assert find_config() == Path("hyper_config.yaml")
     assert find_config("other.yaml") == Path("other.yaml")
     assert find_config("~/x.yaml") == Path.home() / "x.yaml"
+
+
+def test_where_there_is_no_configuration_one_is_written(folders: tuple[Path, Path]) -> None:
+    here, _ = folders
+    with pytest.raises(ConfigError, match=r"wrote hyper_config\.yaml; name your maps in it"):
+        find_or_offer_config()
+    assert (here / "hyper_config.yaml").read_text(encoding="utf-8") == template()
+    assert find_or_offer_config() == Path("hyper_config.yaml")
+    assert find_or_offer_config("other.yaml") == Path("other.yaml")
+
+
+def test_a_configuration_that_cannot_be_written(folders: tuple[Path, Path]) -> None:
+    here, _ = folders
+    (here / "hyper_config.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"none can be written \("):
+        find_or_offer_config()
 
 
 def test_relative_paths_are_relative_to_the_files_own_folder(folders: tuple[Path, Path]) -> None:
@@ -845,6 +868,36 @@ def test_maps_by_name_list_and_file(tmp_path: Path) -> None:
         maps / "a.fits",
         *expected,
     ]
+
+
+def test_a_list_of_maps_may_be_beside_the_configuration(tmp_path: Path) -> None:
+    """One in the folder of the maps goes before it; the names are in that folder either way."""
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    text = "paths: {input: {dir_maps: maps}}\nfiles: {file_map_name: list.txt}"
+    (tmp_path / "list.txt").write_text("a.fits\n")
+    assert map_paths(load_text(tmp_path, text)) == [maps / "a.fits"]
+    (maps / "list.txt").write_text("b.fits\n")
+    assert map_paths(load_text(tmp_path, text)) == [maps / "b.fits"]
+
+
+def test_a_folder_stands_for_the_maps_in_it(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    (maps / "more").mkdir(parents=True)
+    for name in ("b.fits", "a.FITS.gz", "c.fts.fz", "notes.txt", ".hidden.fits", "more/d.fit"):
+        (maps / name).touch()
+    head = "paths: {input: {dir_maps: maps}}\nfiles: {file_map_name: "
+    here = [maps / "a.FITS.gz", maps / "b.fits", maps / "c.fts.fz"]
+    assert map_paths(load_text(tmp_path, head + ".}")) == here
+    assert map_paths(load_text(tmp_path, head + "more}")) == [maps / "more/d.fit"]
+    assert map_paths(load_text(tmp_path, head + "[more, e.fits, .]}")) == [
+        maps / "more/d.fit",
+        maps / "e.fits",
+        *here,
+    ]
+    (maps / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: no FITS file"):
+        map_paths(load_text(tmp_path, head + "empty}"))
 
 
 @pytest.mark.parametrize(
