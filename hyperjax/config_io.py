@@ -34,6 +34,7 @@ from hyperjax.errors import ConfigError, MissingFileError
 
 __all__ = [
     "CONFIG_NAME",
+    "OLDER_KEYS",
     "config_from_dict",
     "find_config",
     "find_or_offer_config",
@@ -101,6 +102,16 @@ def _one_line(error: ValidationError) -> str:
 
 
 # --- HYPER's older dialect -----------------------------------------------------------------------
+
+OLDER_KEYS = {
+    "paths.dir_comm": "The folder of maps and results: paths.output.dir_root, and what "
+    "paths.input.dir_maps is relative to.",
+    "control.use_fixed_source_table": "Older name of detection.use_fixed_source_table.",
+    "control.fixed_source_table_path": "Older name of detection.fixed_source_table_path.",
+    "background.no_background": "If true: neither background.fit_gauss_and_bg_separately nor "
+    "fit_gauss_and_bg_together.",
+}
+"""Keys of HYPER's older files and what they mean; `config_from_dict` translates them."""
 
 
 def _moved(tree: dict[str, Any], old: str, new: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """The configuration: defaults, both dialects of HYPER's files, and every message in one line."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -505,6 +506,39 @@ def test_an_unknown_key_is_refused_with_a_guess(key: str, message: str) -> None:
     assert message_of(nested(key, 1)) == f"my.yaml: {key}: {message}"
 
 
+@pytest.mark.parametrize("key", all_keys())
+def test_a_bad_value_in_any_key_is_one_line_with_its_path_and_the_range(key: str) -> None:
+    """A section in the place of a value is wrong for every key."""
+    message = message_of(nested(key, {"no": "value"}))
+    assert message.startswith(f"my.yaml: {key} = {{")
+    assert message.endswith(f": must be {all_keys()[key].allowed}")
+
+
+def values_out_of_range(allowed: str) -> list[Any]:
+    """What the words for a range say that is not allowed."""
+    wrong: list[Any] = [[[]]]
+    for sign, bound in re.findall(r"(>=|>|<=|<) (-?[\d.]+)", allowed):
+        step = {">=": -1, ">": 0, "<=": 1, "<": 0}[sign]
+        wrong.append(float(bound) + step)
+    if "one of" in allowed:
+        wrong.append("none of them")
+    if "true or false" in allowed:
+        wrong += ["perhaps", 2]
+    if "number" in allowed or "integer" in allowed:
+        wrong += ["many"] if "text" not in allowed else []
+    if "name" in allowed:
+        wrong.append("a/b")
+    return wrong
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_what_the_range_of_any_key_leaves_out_is_refused(key: str) -> None:
+    for value in values_out_of_range(all_keys()[key].allowed):
+        message = message_of(nested(key, value))
+        assert message.startswith(f"my.yaml: {key} = ")
+        assert ": must be " in message
+
+
 def test_several_mistakes_give_one_line_that_names_them_all() -> None:
     options = {
         "detection": {"sigma_thres": -1, "roundlim": "x"},
@@ -703,6 +737,14 @@ def test_the_common_folder_of_the_older_dialect(paths: dict[str, Any], maps: str
     config = config_from_dict({"paths": paths})
     assert Path(config.paths.input.dir_maps) == Path(maps)
     assert config.paths.output.dir_root == "a"
+
+
+def test_no_background_true_is_no_polynomial_at_all() -> None:
+    config = config_from_dict(
+        {"background": {"no_background": True, "fit_gauss_and_bg_together": True}}
+    )
+    assert not config.background.fit_gauss_and_bg_together
+    assert not config.background.fit_gauss_and_bg_separately
 
 
 def test_no_background_false_leaves_the_background_as_it_is() -> None:
