@@ -4,6 +4,8 @@ A background belongs to a block of sources and is a polynomial over the scaled c
 block's window (`hyperjax.models.Grid`): the centre of the window is 0, its edge 1.
 """
 
+import logging
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ from astropy.stats import mad_std
 from numpy.typing import NDArray
 
 from hyperjax.config import Config
-from hyperjax.fitting import GroupBatch, fit_groups
+from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
 from hyperjax.groups import (
     Windows,
     block_of,
@@ -25,6 +27,9 @@ from hyperjax.groups import (
 )
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.sources import SourceFits
+from hyperjax.theilsen import theil_sen
+
+logger = logging.getLogger(__name__)
 
 MAX_ORDER = 4
 _MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
@@ -151,8 +156,9 @@ def separate_backgrounds(
     """Fit a polynomial to the surroundings of every block, with all sources masked.
 
     Every margin from `fix_min_box` to `fix_max_box` (in steps of one beam FWHM; 0 takes the whole
-    map) and every one of `pol_orders_separate` is a candidate; the best by `min_method` on the
-    pixels of the smallest box, which are common to all, is kept.
+    map), every one of `pol_orders_separate` and every one of `bg_fitters` is a candidate. The best
+    by `min_method` is kept, on the pixels of the smallest box, which are common to all, without
+    those that stand out of the candidate of the highest order in the largest box.
     """
     options, method = config.background, config.fit_options.min_method
     radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
@@ -164,18 +170,84 @@ def separate_backgrounds(
     best.coefficients[:, 0] = np.nanmedian(image)  # where no box has a pixel
     if len(score) == 0:
         return best
-    for margin in margins:
-        for order in options.pol_orders_separate:
-            if margin == 0:
-                fitted = _of_whole_map(image, rms, placed, order)
-            else:
-                box = boxes._replace(margin=margin * fwhm_pix)
-                fitted = _of_boxes(image, rms, box, placed, x, y, order)
-            value = _score(image, rms, placed, fitted, common, x, y, method)
-            better = value < score
-            score[better] = value[better]
-            best.coefficients[better], best.orders[better] = fitted.coefficients[better], order
+    chosen: list[_Candidate | None] = [None] * len(score)
+
+    def fitted(candidate: _Candidate) -> Backgrounds:
+        margin, order, fitter = candidate
+        if margin == 0:
+            return _of_whole_map(image, rms, placed, order, fitter)
+        box = boxes._replace(margin=margin * fwhm_pix)
+        return _of_boxes(image, rms, box, placed, x, y, order, fitter)
+
+    candidates = [
+        _Candidate(margin, order, fitter)
+        for margin in margins
+        for order in options.pol_orders_separate
+        for fitter in _fitters(config)
+    ]
+    reference = fitted(max(candidates))
+    for candidate in candidates:
+        found = fitted(candidate)
+        value = _score(image, rms, placed, found, reference, common, x, y, method)
+        better = value < score
+        score[better] = value[better]
+        best.coefficients[better] = found.coefficients[better]
+        best.orders[better] = candidate.order
+        chosen = [candidate if now else before for before, now in zip(chosen, better, strict=True)]
+    if config.fit_options.verbose:
+        _report(placed, x, y, chosen, score, method)
     return best
+
+
+class _Fitter(NamedTuple):
+    """A way to fit a polynomial: least_squares, huber with an epsilon, or theilsen."""
+
+    name: str = "least_squares"
+    epsilon: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.epsilon:g}" if self.epsilon else self.name
+
+
+class _Candidate(NamedTuple):
+    """A background to try: the box's margin in beam FWHM, the order, and the way to fit."""
+
+    margin: float
+    order: int
+    fitter: _Fitter
+
+
+def _fitters(config: Config) -> list[_Fitter]:
+    """What `bg_fitters` and `huber_epsilons` ask for."""
+    options = config.fit_options
+    return [
+        fitter
+        for name in options.bg_fitters
+        for fitter in (
+            [_Fitter(name, epsilon) for epsilon in options.huber_epsilons]
+            if name == "huber"
+            else [_Fitter(name)]
+        )
+    ]
+
+
+def _report(
+    placed: Windows,
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    chosen: Iterable[_Candidate | None],
+    score: NDArray[np.float64],
+    method: str,
+) -> None:
+    """Log which background each block got."""
+    for members, candidate, value in zip(placed.members, chosen, score, strict=True):
+        where = f"round ({x[members].mean():.1f}, {y[members].mean():.1f})"
+        if candidate is None:
+            logger.info("background %s: the level of the map, as no box has a pixel", where)
+            continue
+        box = f"box {candidate.margin:g} FWHM" if candidate.margin else "whole map"
+        parts = where, box, candidate.order, candidate.fitter, method, value
+        logger.info("background %s: %s, order %d, %s, %s %.4g", *parts)
 
 
 def _frame(placed: Windows, block: int) -> tuple[tuple[float, float], float]:
@@ -200,6 +272,7 @@ def _of_boxes(
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     order: int,
+    fitter: _Fitter,
 ) -> Backgrounds:
     """The polynomial of each block's box."""
     fitted = Backgrounds.empty(len(boxes.members))
@@ -207,19 +280,24 @@ def _of_boxes(
     for which in buckets(boxes).values():
         pixels, noise = cut_out(image, boxes, which), cut_out(rms, boxes, which)
         pixels[~within_reach(boxes, which, x, y, boxes.margin)] = np.nan
-        for block, coefficients in zip(which, _polynomials(pixels, noise, order), strict=True):
+        fits = _polynomials(pixels, noise, order, fitter)
+        for block, coefficients in zip(which, fits, strict=True):
             moved = _moved(coefficients, _frame(boxes, block), _frame(placed, block))
             fitted.coefficients[block, : len(moved)] = moved
     return fitted
 
 
 def _of_whole_map(
-    image: NDArray[np.float64], rms: NDArray[np.float64], placed: Windows, order: int
+    image: NDArray[np.float64],
+    rms: NDArray[np.float64],
+    placed: Windows,
+    order: int,
+    fitter: _Fitter,
 ) -> Backgrounds:
     """The polynomial of the whole map, for every block."""
     ny, nx = image.shape
     frame = (((nx - 1) / 2, (ny - 1) / 2), max(nx, ny) / 2)
-    coefficients = _polynomials(image[None], rms[None], order)[0]
+    coefficients = _polynomials(image[None], rms[None], order, fitter)[0]
     fitted = Backgrounds.empty(len(placed.members))
     fitted.orders[:] = order
     for block in range(len(placed.members)):
@@ -229,37 +307,67 @@ def _of_whole_map(
 
 
 def _polynomials(
-    pixels: NDArray[np.float64], noise: NDArray[np.float64], order: int
+    pixels: NDArray[np.float64], noise: NDArray[np.float64], order: int, fitter: _Fitter
 ) -> NDArray[np.float64]:
-    """Sigma-clipped polynomial fits: coefficients (box, monomial) of boxes (box, ny, nx)."""
+    """Sigma-clipped polynomial fits: coefficients (box, monomial) of boxes (box, ny, nx).
+
+    The scatter of the residuals is measured anew in each round: it is the unit of the clipping and
+    of huber's epsilon.
+    """
     count, ny, nx = pixels.shape
-    nothing = np.zeros((count, 1, 6))
     valid = np.isfinite(pixels) & np.isfinite(noise) & (noise > 0)
     data, inverse_noise = np.nan_to_num(pixels), 1 / np.where(valid, noise, 1.0)
     half, centre = max(ny, nx) / 2, ((nx - 1) / 2, (ny - 1) / 2)
     grid_x, grid_y = np.arange(nx)[None, :], np.arange(ny)[:, None]
-    usable = valid.copy()
+    usable, spread = valid.copy(), np.ones(count)
+    for row in np.flatnonzero(valid.any(axis=(1, 2))):
+        spread[row] = mad_std((data[row] * inverse_noise[row])[valid[row]]) or 1.0
     for _ in range(_CLIP_ROUNDS):
-        weight = np.where(usable, inverse_noise**2, 0.0)
-        batch = GroupBatch(
-            data=data,
-            weight=weight,
-            start=nothing,
-            lower=nothing,
-            upper=nothing,
-            free=nothing != 0,
-            present=np.zeros((count, 1), bool),
-            order=np.full(count, order),
-        )
-        coefficients = fit_groups(batch).coefficients[:, : len(powers(order))]
+        weight = np.where(usable, (inverse_noise / spread[:, None, None]) ** 2, 0.0)
+        coefficients = _fit(data, weight, order, fitter)
         coefficients[~valid.any(axis=(1, 2))] = np.nan
-        for row, terms in enumerate(coefficients):
+        for box, terms in enumerate(coefficients):
             model = evaluate(terms, grid_x, grid_y, centre, half)
-            residual = (data[row] - model) * inverse_noise[row]
-            if valid[row].any():
-                middle, spread = np.median(residual[valid[row]]), mad_std(residual[valid[row]])
-                usable[row] = valid[row] & (np.abs(residual - middle) <= _CLIP_SIGMA * spread)
+            residual = (data[box] - model) * inverse_noise[box]
+            if valid[box].any():
+                middle, scatter = np.median(residual[valid[box]]), mad_std(residual[valid[box]])
+                usable[box] = valid[box] & (np.abs(residual - middle) <= _CLIP_SIGMA * scatter)
+                spread[box] = scatter or 1.0
     return coefficients
+
+
+def _fit(
+    data: NDArray[np.float64], weight: NDArray[np.float64], order: int, fitter: _Fitter
+) -> NDArray[np.float64]:
+    """Polynomials (box, monomial) of boxes (box, ny, nx), weighed in units of their scatter."""
+    terms = len(powers(order))
+    if fitter.name == "theilsen":
+        return np.stack([_theil_sen(*box, order) for box in zip(data, weight > 0, strict=True)])
+    count = len(data)
+    nothing = np.zeros((count, 1, 6))
+    batch = GroupBatch(
+        data=data,
+        weight=weight,
+        start=nothing,
+        lower=nothing,
+        upper=nothing,
+        free=nothing != 0,
+        present=np.zeros((count, 1), bool),
+        order=np.full(count, order),
+    )
+    huber = FitOptions(loss="huber", f_scale=fitter.epsilon)
+    options = huber if fitter.name == "huber" else FitOptions()
+    return np.asarray(fit_groups(batch, options).coefficients[:, :terms])
+
+
+def _theil_sen(
+    data: NDArray[np.float64], usable: NDArray[np.bool_], order: int
+) -> NDArray[np.float64]:
+    """The polynomial (monomial,) of one box."""
+    half = max(data.shape) / 2
+    rows, columns = np.nonzero(usable)
+    y, x = ((rows + 0.5 - data.shape[0] / 2) / half, (columns + 0.5 - data.shape[1] / 2) / half)
+    return theil_sen(np.stack([x**a * y**b for a, b in powers(order)], axis=-1), data[usable])
 
 
 def _moved(
@@ -281,12 +389,16 @@ def _score(
     rms: NDArray[np.float64],
     placed: Windows,
     fitted: Backgrounds,
+    reference: Backgrounds,
     common: Windows,
     x: NDArray[np.float64],
     y: NDArray[np.float64],
     method: str,
 ) -> NDArray[np.float64]:
-    """nmse, reduced chi^2 or BIC of each block's polynomial on the pixels common to all boxes."""
+    """nmse, reduced chi^2 or BIC of each block's polynomial on the pixels common to all boxes.
+
+    Those that stand out of the `reference` count for none.
+    """
     score = np.full(len(placed.members), np.inf)
     terms = len(powers(int(fitted.orders.max())))
     for which in buckets(common).values():
@@ -296,10 +408,21 @@ def _score(
         for row, block in enumerate(which):
             use = inside[row] & np.isfinite(pixels[row]) & (noise[row] > 0)
             columns, rows = grid[None, :] + common.x0[block], grid[:, None] + common.y0[block]
+            rest = (pixels[row] - reference.at(placed, int(block), columns, rows)) / noise[row]
+            use &= _is_within(rest, use)
             model = fitted.at(placed, int(block), columns, rows)
             residual = ((pixels[row] - model) / noise[row])[use]
             score[block] = _goodness(residual, (pixels[row] / noise[row])[use], terms, method)
     return score
+
+
+def _is_within(residual: NDArray[np.float64], use: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels that do not stand out of those in use; all of them where nothing is known of these."""
+    values = residual[use & np.isfinite(residual)]
+    scatter = mad_std(values) if values.size else 0.0
+    if not scatter > 0:
+        return np.ones(residual.shape, bool)
+    return np.abs(residual - np.median(values)) <= _CLIP_SIGMA * scatter
 
 
 def _goodness(

@@ -280,31 +280,19 @@ def _inputs(
 ) -> "tuple[Config, Sequence[Path]]":
     """Tell maps from configuration, and put what is given on the command line before the rest."""
     from hyperjax.config import Config
-    from hyperjax.config_io import find_config, load_config, map_paths, with_overrides
+    from hyperjax.config_io import find_or_offer_config, load_config, map_paths, with_overrides
 
     files = [path for path in maps if path.suffix.lower() in (".yaml", ".yml")]
     if files and (config or len(maps) > 1):
         raise ConfigError(f"{files[0]}: give one configuration, and beside maps with -c")
     config = files[0] if files else config
     if not maps and config is None:
-        config = find_config() or _offer_template()
+        config = find_or_offer_config()
     options = load_config(config) if config else Config()
     defaults = {} if config else {"paths.output.dir_root": str(Path(DEFAULT_OUTPUT).absolute())}
     set_here = {key: value for key, value in given.items() if value is not None}
     options = with_overrides(options, {**defaults, **set_here})
     return options, map_paths(options) if files or not maps else maps
-
-
-def _offer_template() -> Path:
-    """Write a configuration to edit, and end there."""
-    from hyperjax.config_io import CONFIG_NAME, template
-
-    path = Path(CONFIG_NAME)
-    _write_text(path, template())
-    raise ConfigError(
-        f"no map and no configuration given: wrote {path}; name your maps in it "
-        "(files.file_map_name) and run `hyperjax run` again, or try `hyperjax run MAP.fits`"
-    )
 
 
 def _run(

@@ -30,7 +30,6 @@ from pydantic.fields import FieldInfo
 
 __all__ = [
     "NOT_YET",
-    "PARTLY",
     "SWITCH",
     "Background",
     "Config",
@@ -175,9 +174,10 @@ class Files(_Section):
 
     file_map_name: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="The map or maps, in paths.input.dir_maps: one FITS file, a list of them, or "
-        "a .txt file with one name per line (# starts a comment). Not needed when the maps are "
-        "given on the command line.",
+        description="The map or maps, in paths.input.dir_maps: one FITS file, a list of them, a "
+        "folder of them (. for dir_maps itself), or a .txt file with one name per line (# starts a "
+        "comment), there or beside this file. Not needed when the maps are given on the command "
+        "line.",
     )
     hdu: Hdu = Field(
         default=None,
@@ -380,6 +380,9 @@ class Photometry(_Section):
         return self
 
 
+_NOT_ROBUST = ("snr", "power_snr", "map", "spatial")
+
+
 class FitOptions(_Section):
     """Fitting Gaussians to the sources."""
 
@@ -418,11 +421,14 @@ class FitOptions(_Section):
         description="Converged when the gradient of the cost is smaller [dimensionless].",
     )
     weights: Annotated[
-        Weights, Differs("snr", "weights that grow with the signal bias the flux")
+        Weights, Differs("snr", "pixels of which the noise is the same tell the same")
     ] = Field(
         default="inverse_rms",
-        description="Weights of the pixels: null (all equal), inverse_rms (1 / noise), snr (signal "
-        "over noise), power_snr, map, mask, spatial.",
+        description="Weights of the pixels' residuals: null (all equal), inverse_rms (1 / noise), "
+        "snr (that times the S/N of the modelled sources, at least 1), power_snr (times its power "
+        "power_snr), map (the modelled brightness), mask (null, without pixels that stand out of "
+        "the residual by 3 of its scatter), spatial (1 / noise times a Gaussian round each "
+        "source).",
     )
     power_snr: NotNegative = Field(
         default=5.0, description="Exponent of the S/N where weights is power_snr [dimensionless]."
@@ -440,7 +446,11 @@ class FitOptions(_Section):
         description="Which background is best: that of the lowest nmse (mean squared residual, "
         "normalised), redchi (reduced chi squared) or bic (Bayesian information criterion).",
     )
-    verbose: bool = Field(default=False, description="Report every fit.")
+    verbose: bool = Field(
+        default=False,
+        description="Report every fit in the log: each group, its sources with their errors, and "
+        "which separate background was chosen.",
+    )
     use_l2_regularization: Annotated[
         bool, Differs(True, "the penalty pulls the background to zero and so biases the flux")
     ] = Field(
@@ -478,7 +488,9 @@ class FitOptions(_Section):
     )
     bg_fitters: Some[Literal["least_squares", "huber", "theilsen"]] = Field(
         default=("least_squares",),
-        description="How a background is fitted separately: least_squares, huber, theilsen.",
+        description="How a background is fitted separately: least_squares, huber (with each of "
+        "huber_epsilons), theilsen (the median of exact fits to many small subsets of the pixels); "
+        "pixels that stand out by 3 of their scatter are left out. The best is kept.",
     )
     huber_epsilons: Some[Epsilon] = Field(
         default=(1.1, 1.35, 1.7, 2.0),
@@ -488,8 +500,9 @@ class FitOptions(_Section):
         NotNegative | None, Differs(1.0, "every pixel of the window tells something")
     ] = Field(
         default=None,
-        description="Margin of the circle of fitted pixels round a source; null, and HYPER's 1.0, "
-        "fit the whole window [sigma of the beam].",
+        description="Only pixels in a circle round a source are fitted, in a group in those of all "
+        "its sources: its radius is that much more than photometry.aper_sup; null fits the "
+        "whole window [sigma of the beam].",
     )
     spatial_weight_sigma: Positive = Field(
         default=1.5,
@@ -498,10 +511,11 @@ class FitOptions(_Section):
 
     @model_validator(mode="after")
     def _one_way_to_weigh(self) -> "FitOptions":
-        if self.weights == "snr" and self.loss != "linear":
+        if self.loss != "linear" and self.weights in _NOT_ROBUST:
             raise ValueError(
-                f"weights = snr: does not go with loss = {self.loss}, which then takes bright "
-                "pixels for outliers; use loss = linear, or weights = null or inverse_rms"
+                f"weights = {self.weights}: does not go with loss = {self.loss}, which takes the "
+                "pixels of large weight for outliers; use loss = linear, or weights = null, mask "
+                "or inverse_rms"
             )
         return self
 
@@ -658,14 +672,6 @@ class Config(_Section):
                 raise ValueError(f"{key} = {value}: not in this version of hyperjax; {why}")
         return self
 
-    @property
-    def without_effect(self) -> dict[str, str]:
-        """Keys that have HYPER's default, which this version accepts but does not follow, and why.
-
-        A reason is what `NOT_YET` says of the key.
-        """
-        return {key: why for key, why in NOT_YET.items() if _is_hypers(self, key)}
-
 
 # --- What HYPER can do and this version cannot ---------------------------------------------------
 
@@ -679,11 +685,7 @@ _UNAVAILABLE = {
     "detection.use_fixed_source_table": _DETECTED,
     "detection.fixed_peaks": _DETECTED,
     "photometry.fixed_radius": _FITTED,
-    "fit_options.weights": "use inverse_rms, snr or null",
-    "fit_options.bg_fitters": "use [least_squares]",
     "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
-    "fit_options.verbose": "leave it false: see STATUS, NITER and FLAGS in the catalogue",
-    "fit_options.fit_aperture_sigma": "set the fitted pixels with fit_options.window_fwhm",
     "fits_output.fits_fitting": _MAPS_WRITTEN,
     "fits_output.fits_deblended": _MAPS_WRITTEN,
     "fits_output.fits_bg_separate": _MAPS_WRITTEN,
@@ -700,9 +702,6 @@ SWITCH = {
     "photometry.fwhm_1": "photometry.fixed_radius",
     "photometry.fwhm_2": "photometry.fixed_radius",
     "photometry.PA_val": "photometry.fixed_radius",
-    "fit_options.power_snr": "fit_options.weights",
-    "fit_options.spatial_weight_sigma": "fit_options.weights",
-    "fit_options.huber_epsilons": "fit_options.bg_fitters",
     "background.pol_orders_bkg_no_sources": "control.datacube",
     "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
     "fits_output.fits_output_dir_deblended": "fits_output.fits_deblended",
@@ -718,29 +717,17 @@ NOT_YET: dict[str, str] = _UNAVAILABLE | {
 }
 """Keys of HYPER that this version does not act on, and what to use instead.
 
-A value other than the default and HYPER's default is refused. A key that only refines another one
+A value other than the default is refused. A key that only refines another one
 is accepted where that other one is given and off, as in the files that HYPER writes.
 """
-
-PARTLY: dict[str, tuple[Any, ...]] = {
-    "fit_options.weights": ("null", "inverse_rms", "snr"),
-    "fit_options.bg_fitters": (("least_squares",),),
-}
-"""Keys of NOT_YET of which this version can do some values: these."""
 
 
 def _asked_for(config: Config, key: str) -> bool:
     """Whether a configuration asks for what this version cannot do."""
     value = _value(config, key)
-    if value == all_keys()[key].default or value in PARTLY.get(key, ()) or _is_hypers(config, key):
+    if value == all_keys()[key].default:
         return False
     return not (key in SWITCH and _is_given(config, SWITCH[key]))
-
-
-def _is_hypers(config: Config, key: str) -> bool:
-    """Whether a key has HYPER's default, which is another than ours and not in this version."""
-    differs, value = all_keys()[key].differs, _value(config, key)
-    return differs is not None and value == differs.hyper and value not in PARTLY.get(key, ())
 
 
 def _value(config: Config, key: str) -> Any:

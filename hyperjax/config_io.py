@@ -8,6 +8,7 @@ wrong is told in one line.
 import difflib
 import functools
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,6 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hyperjax.config import (
     NOT_YET,
-    PARTLY,
     SWITCH,
     Config,
     Key,
@@ -34,8 +34,10 @@ from hyperjax.errors import ConfigError, MissingFileError
 
 __all__ = [
     "CONFIG_NAME",
+    "OLDER_KEYS",
     "config_from_dict",
     "find_config",
+    "find_or_offer_config",
     "load_config",
     "map_paths",
     "template",
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 CONFIG_NAME = "hyper_config.yaml"
+
+_MAP = re.compile(r"^[^.].*\.(fits|fit|fts)(\.(gz|fz))?$", re.IGNORECASE)
 
 
 # --- Errors in one line --------------------------------------------------------------------------
@@ -98,6 +102,16 @@ def _one_line(error: ValidationError) -> str:
 
 
 # --- HYPER's older dialect -----------------------------------------------------------------------
+
+OLDER_KEYS = {
+    "paths.dir_comm": "The folder of maps and results: paths.output.dir_root, and what "
+    "paths.input.dir_maps is relative to.",
+    "control.use_fixed_source_table": "Older name of detection.use_fixed_source_table.",
+    "control.fixed_source_table_path": "Older name of detection.fixed_source_table_path.",
+    "background.no_background": "If true: neither background.fit_gauss_and_bg_separately nor "
+    "fit_gauss_and_bg_together.",
+}
+"""Keys of HYPER's older files and what they mean; `config_from_dict` translates them."""
 
 
 def _moved(tree: dict[str, Any], old: str, new: str, value: object) -> None:
@@ -257,24 +271,52 @@ def load_config(path: str | Path) -> Config:
         In one line: the file, the line or the key's full path, what is wrong, what is allowed.
     """
     path = expand_home(path)
-    own = path.absolute() == _user_config()
+    own = path.absolute() in _user_configs()
     raw = _read_yaml(path)
     return config_from_dict(raw, str(path), None if own else path.absolute().parent)
 
 
-def _user_config() -> Path:
-    return platformdirs.user_config_path("hyperjax") / CONFIG_NAME
+def _user_configs() -> list[Path]:
+    """The user's own configuration, and that which hyper_py keeps."""
+    hyper_py = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hyper-py"
+    return [platformdirs.user_config_path("hyperjax") / CONFIG_NAME, hyper_py / CONFIG_NAME]
 
 
 def find_config(argument: str | Path | None = None) -> Path | None:
     """Find the configuration: the argument, else ./hyper_config.yaml, else the user's own.
 
-    The argument is returned whether the file exists or not; None where nothing is found.
+    The argument is returned whether the file exists or not; None where nothing is found. The
+    user's own is in the folder of hyperjax (`platformdirs.user_config_path`), else in hyper_py's.
     """
     if argument is not None:
         return expand_home(argument)
-    candidates = (Path(CONFIG_NAME), _user_config())
+    candidates = (Path(CONFIG_NAME), *_user_configs())
     return next((path for path in candidates if path.is_file()), None)
+
+
+def find_or_offer_config(argument: str | Path | None = None) -> Path:
+    """Find the configuration as `find_config`; where there is none, write one to be edited.
+
+    Raises
+    ------
+    ConfigError
+        There was none: says that ./hyper_config.yaml was written, or why it was not.
+    """
+    found = find_config(argument)
+    if found is not None:
+        return found
+    path = Path(CONFIG_NAME)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: no configuration is here, and none can be written ({error.strerror})"
+        ) from None
+    raise ConfigError(
+        f"no map and no configuration given: wrote {path}; name your maps in it "
+        "(files.file_map_name) and run `hyperjax run` again, or try `hyperjax run MAP.fits`"
+    )
 
 
 def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,13 +379,14 @@ def _names_in(path: Path) -> list[str]:
 def map_paths(config: Config) -> list[Path]:
     """Find the maps that a configuration names, in its order, as absolute paths.
 
-    A name that ends in .txt stands for the names in that file. Whether the maps exist is not
-    checked.
+    A name that ends in .txt stands for the names in that file, which is looked for in
+    paths.input.dir_maps and then in the folder of the configuration; a folder for all FITS files in
+    it, sorted by name. Whether the maps exist is not checked.
 
     Raises
     ------
     ConfigError
-        No map is named, or a list is empty or not text.
+        No map is named, a list is empty or not text, or a folder has no map.
     MissingFileError
         A list of maps is not there.
     """
@@ -357,9 +400,21 @@ def map_paths(config: Config) -> list[Path]:
     found: list[Path] = []
     for name in (names,) if isinstance(names, str) else names:
         path = folder / expand_home(name)
-        inner = _names_in(path) if path.suffix.lower() == ".txt" else [name]
-        found += [folder / expand_home(each) for each in inner]
+        if path.suffix.lower() == ".txt":
+            beside = config.resolve(name)
+            listed = _names_in(beside if beside.is_file() and not path.exists() else path)
+            found += [folder / expand_home(each) for each in listed]
+        else:
+            found += _maps_in(path) if path.is_dir() else [path]
     return found
+
+
+def _maps_in(folder: Path) -> list[Path]:
+    """FITS files of a folder, not those of the folders in it."""
+    maps = sorted(path for path in folder.iterdir() if _MAP.search(path.name) and path.is_file())
+    if not maps:
+        raise ConfigError(f"{folder}: no FITS file (.fits, .fit, .fts, also .gz or .fz) is in it")
+    return maps
 
 
 # --- The template --------------------------------------------------------------------------------
@@ -402,8 +457,7 @@ def _key_lines(path: str, key: Key, indent: int) -> list[str]:
     if path in SWITCH:
         lines += _comment(f"Not in this version yet: see {SWITCH[path]}.", indent)
     elif path in NOT_YET:
-        which = "Only some" if path in PARTLY else "Not"
-        lines += _comment(f"{which} in this version yet: {NOT_YET[path]}.", indent)
+        lines += _comment(f"Not in this version yet: {NOT_YET[path]}.", indent)
     return [*lines, f"{' ' * indent}{key.name}: {default}"]
 
 

@@ -31,6 +31,7 @@ from hyperjax.groups import (
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.noise import Correlation, covariance_of_sums
 from hyperjax.sources import SourceFits, render_sources, stamp_gradients, stamps
+from hyperjax.weights import Sources, pixel_weights
 
 logger = logging.getLogger(__name__)
 
@@ -187,17 +188,25 @@ def _sweep(
     """
     fits, backgrounds = SourceFits.unknown(len(start.start)), Backgrounds.empty(len(placed.members))
     fitted = []
+    reach = _reach(placed, fwhm_pix, config)
+    guess = _with_new(SourceFits.unknown(0), start)
     if last is not None:
         fits = last = last.take(np.arange(len(last.x)))  # a copy, which changes turn by turn
     for now in range(np.max(turn, initial=-1) + 1):
+        seen = guess if last is None else last
         total = None if last is None else render_sources(data.shape, last)
         for (_, slots), which in buckets(placed, turn == now).items():
             image = _window_data(data, placed, which, last, total)
             noise = cut_out(rms, placed, which)
-            usable = _usable(image, noise, placed, which, start.start, last is None, fwhm_pix)
+            usable = _usable(
+                image, noise, placed, which, start.start, last is None, reach, fwhm_pix
+            )
             if separate is not None:
                 image = image - separate.images(placed, which)
-            weight = _weights(image, noise, usable, config.fit_options.weights)
+            drawn = _own_sources(seen, placed, which)
+            about = Sources(drawn, seen.x, seen.y, fwhm_pix / FWHM_PER_SIGMA, max(orders))
+            options = config.fit_options
+            weight = pixel_weights(image, noise, usable, placed, which, about, options)
             batch = _batch(image, weight, placed, which, slots, start, last)
             result, order, second = _best_fit(batch, orders, config)
             _store(fits, result, order, second, placed, which)
@@ -249,39 +258,28 @@ def _usable(
     which: NDArray[np.int_],
     guess: NDArray[np.float64],
     mask_others: bool,
+    reach: float,
     fwhm_pix: float,
 ) -> NDArray[np.bool_]:
-    """Pixels (block, side, side) that take part in the fit."""
+    """Pixels (block, side, side) that take part in the fit: within `reach` of a source."""
     x, y = guess[:, 1], guess[:, 2]
     usable = np.isfinite(image) & np.isfinite(noise) & (noise > 0)
-    usable &= within_reach(placed, which, x, y, placed.margin)
+    usable &= within_reach(placed, which, x, y, reach)
     if mask_others:
         usable &= ~_near_neighbours(placed, which, x, y, _MASK_FWHM * fwhm_pix)
     return usable
 
 
-def _weights(
-    image: NDArray[np.float64],
-    noise: NDArray[np.float64],
-    usable: NDArray[np.bool_],
-    scheme: str,
-) -> NDArray[np.float64]:
-    """Weights of the squared residuals by the scheme `fit_options.weights`, 0 for unusable pixels.
+def _reach(placed: Windows, fwhm_pix: float, config: Config) -> float:
+    """How far from a source pixels are fitted: to the window's margin, or `fit_aperture_sigma`.
 
-    `inverse_rms` is the inverse variance; `null` that of the median noise of each window; `snr`
-    multiplies it by the square of the signal-to-noise ratio above the window's median, at least 1.
+    That is beyond the largest size that a source may have.
     """
-    sigma = np.where(usable, noise, np.nan)
-    blank = ~usable.any(axis=(1, 2), keepdims=True)
-    if scheme == "null":
-        middle = np.nanmedian(np.where(blank, 1.0, sigma), axis=(1, 2), keepdims=True)
-        sigma = np.where(usable, middle, np.nan)
-    weight = sigma**-2
-    if scheme == "snr":
-        pixels = np.where(blank, 0.0, np.where(usable, image, np.nan))
-        level = np.nanmedian(pixels, axis=(1, 2), keepdims=True)
-        weight *= np.maximum((image - level) / sigma, 1) ** 2
-    return np.where(usable, weight, 0.0)
+    beyond = config.fit_options.fit_aperture_sigma
+    if beyond is None:
+        return placed.margin
+    circle = (config.photometry.aper_sup + beyond) * fwhm_pix / FWHM_PER_SIGMA
+    return min(placed.margin, circle)
 
 
 def with_noise(

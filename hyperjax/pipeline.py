@@ -18,6 +18,7 @@ from hyperjax.maps import Map
 from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
+from hyperjax.report import fit_lines
 from hyperjax.sources import SourceFits, render_sources
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,9 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         )
         catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
         catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
+    if config.fit_options.verbose and modelled is not None:
+        for line in fit_lines(fits.take(order)):
+            logger.info("%s: %s", map.name, line)
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
     sources = counted(len(order), "source")
     width = (

@@ -30,7 +30,7 @@ from astropy.table import QTable
 
 from hyperjax.catalog import merge_catalogs
 from hyperjax.config import Config
-from hyperjax.config_io import config_from_dict, load_config, map_paths
+from hyperjax.config_io import config_from_dict, find_or_offer_config, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.files import remove_temporaries
 from hyperjax.logs import collected, counted, log_file, replay, timed
@@ -191,13 +191,15 @@ class _Task:
 # --- The survey ----------------------------------------------------------------------------------
 
 
-def run_hyper(config: str | Path | Mapping[str, Any] | Config) -> SurveyResult:
+def run_hyper(config: str | Path | Mapping[str, Any] | Config | None = None) -> SurveyResult:
     """Extract the sources of all maps that a configuration names, and write the products.
 
     Parameters
     ----------
-    config : path-like, mapping or Config
-        The YAML file, its content as nested dictionaries, or the options themselves.
+    config : path-like, mapping, Config or None
+        The YAML file, its content as nested dictionaries, or the options themselves. If None it
+        is ./hyper_config.yaml, else the user's own (`hyperjax.config_io.find_config`); where there
+        is none ./hyper_config.yaml is written, to be edited, and the `ConfigError` says so.
 
     Returns
     -------
@@ -218,7 +220,7 @@ def run_hyper(config: str | Path | Mapping[str, Any] | Config) -> SurveyResult:
     if isinstance(config, Mapping):
         config = config_from_dict(config)
     elif not isinstance(config, Config):
-        config = load_config(config)
+        config = load_config(find_or_offer_config(config))
     out = output_folder(config)
     outcomes = run(map_paths(config), config, out, n_jobs(config))
     return survey_result(outcomes, Layout.from_config(config, out))
@@ -330,8 +332,6 @@ def _log_what_was_asked(maps: Sequence[str | Path], tasks: Sequence[_Task], conf
     """Log what a run begins with: options, and maps that are not done or not named as expected."""
     logger.info("hyperjax %s, configuration: %s", version("hyperjax"), config.source)
     logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
-    for key, why in config.without_effect.items():
-        logger.info("%s: HYPER's default is accepted, but has no effect here; %s", key, why)
     times = Counter(Path(path).resolve() for path in maps)
     for task in tasks:
         if times[task.path.resolve()] > 1:

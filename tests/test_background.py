@@ -190,6 +190,135 @@ def test_outliers_are_clipped() -> None:
     assert_allclose(*levels, atol=0.5)
 
 
+FITTERS = ["least_squares", "huber", "theilsen"]
+
+
+def levels_of(data: NDArray, **fit_options: object) -> NDArray:
+    """Planes round the sources at X, Y: their levels under the sources."""
+    background = {"fix_min_box": 3, "fix_max_box": 3, "pol_orders_separate": [1]}
+    config = Config.model_validate({"background": background, "fit_options": fit_options})
+    placed = placed_round(X, Y)
+    found = separate_backgrounds(data, np.ones(SHAPE), placed, X, Y, BEAM, config)
+    return level_at(placed, found, X, Y)
+
+
+@pytest.mark.parametrize("fitter", FITTERS)
+@pytest.mark.parametrize("order", [0, 1, 4])
+def test_every_fitter_recovers_every_order(fitter: str, order: int) -> None:
+    truth = plane_of(order, 20.0)
+    config = Config.model_validate(
+        {
+            "background": {"fix_min_box": 5, "fix_max_box": 5, "pol_orders_separate": [order]},
+            "fit_options": {"bg_fitters": [fitter], "huber_epsilons": [1.35]},
+        }
+    )
+    placed = placed_round(X, Y)
+    data = with_sources(truth)
+    found = separate_backgrounds(data, np.ones(SHAPE), placed, X, Y, BEAM, config)
+    assert_allclose(
+        level_at(placed, found, np.rint(X), np.rint(Y)),
+        truth[np.rint(Y).astype(int), np.rint(X).astype(int)],
+        atol=1e-4,
+    )
+
+
+def crowded(seed: int) -> tuple[NDArray, NDArray]:
+    """A plane, and the same with 15 % of the pixels 4 rms brighter: too faint to be clipped."""
+    rng = np.random.default_rng(seed)
+    clean = with_sources(plane_of(1, 20.0) + rng.normal(size=SHAPE))
+    return clean, clean + 4.0 * (rng.uniform(size=SHAPE) < 0.15)
+
+
+def test_robust_fitters_are_biased_less_by_faint_sources_in_the_box() -> None:
+    bias = {}
+    for fitter in FITTERS:
+        shifts = [
+            levels_of(bad, bg_fitters=[fitter], huber_epsilons=[1.1])
+            - levels_of(clean, bg_fitters=[fitter], huber_epsilons=[1.1])
+            for clean, bad in map(crowded, range(8))
+        ]
+        bias[fitter] = np.mean(shifts)
+    assert bias["least_squares"] > 0.1
+    assert bias["huber"] < 0.8 * bias["least_squares"]
+    assert bias["theilsen"] < 0.7 * bias["least_squares"]
+
+
+def test_a_large_epsilon_of_huber_is_least_squares() -> None:
+    _, data = crowded(1)
+    huber = {"bg_fitters": ["huber"]}
+    plain, wide, narrow = (
+        levels_of(data, **options)
+        for options in ({}, huber | {"huber_epsilons": [50]}, huber | {"huber_epsilons": [1.0]})
+    )
+    assert_allclose(wide, plain, atol=1e-6)
+    assert np.abs(narrow - plain).max() > 0.01
+
+
+def test_the_best_of_all_fitters_is_kept_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Of several the one with the least nmse on the common pixels, block by block."""
+    _, data = crowded(2)
+    alone = {
+        name: levels_of(data, bg_fitters=[name], huber_epsilons=[1.35], min_method="nmse")
+        for name in FITTERS
+    }
+    with caplog.at_level("INFO", "hyperjax"):
+        best = levels_of(
+            data, bg_fitters=FITTERS, huber_epsilons=[1.35], min_method="nmse", verbose=True
+        )
+    told = [record.getMessage() for record in caplog.records]
+    for members, text in zip(placed_round(X, Y).members, told, strict=True):
+        name = next(name for name in FITTERS if name in text)
+        assert_allclose(best[members], alone[name][members])
+        assert text.startswith("background round (")
+        assert "box 3 FWHM, order 1" in text
+
+
+def test_the_whole_map_is_fitted_where_the_smallest_box_is_zero() -> None:
+    """A bump 12 pixels away spoils the box, but hardly the plane of the whole map."""
+    y, x = np.indices(SHAPE)
+    truth = plane_of(1, 20.0)
+    noise = np.random.default_rng(0).normal(size=SHAPE)
+    bump = 60 * np.exp(-((x - X[2]) ** 2 + (y - Y[2] - 12) ** 2) / 50)
+    data = with_sources(truth + bump + noise)
+    level = truth[np.rint(Y).astype(int), np.rint(X).astype(int)][2]
+    options = {"pol_orders_separate": [1]}
+    placed, box = separately(data, **options)
+    _, whole = separately(data, fix_min_box=0, fix_max_box=5, **options)
+    errors = [
+        abs(level_at(placed, each, np.rint(X), np.rint(Y))[2] - level) for each in (box, whole)
+    ]
+    assert errors[1] < errors[0] / 3
+
+
+def true_orders(method: str, true: int) -> NDArray:
+    """Orders that are chosen of 0 to 4 round 49 places, where the truth has one."""
+    rng = np.random.default_rng(true)
+    x, y = 20.0 + 25.0 * np.indices((7, 7)).reshape(2, -1)
+    shape = (200, 200)
+    v, w = np.indices(shape) / 10.0
+    data = (v + 2 * w - 30.0) ** true / 30.0**true * 1e4 + rng.normal(size=shape)
+    config = Config.model_validate(
+        {
+            "background": {
+                "fix_min_box": 3,
+                "fix_max_box": 3,
+                "pol_orders_separate": [0, 1, 2, 3, 4],
+            },
+            "fit_options": {"min_method": method},
+        }
+    )
+    placed = placed_round(x, y)
+    return separate_backgrounds(data, np.ones(shape), placed, x, y, BEAM, config).orders
+
+
+@pytest.mark.parametrize("true", [0, 1, 2])
+def test_bic_finds_the_true_order_and_nmse_the_highest(true: int) -> None:
+    bic, redchi, nmse = (true_orders(method, true) for method in ("bic", "redchi", "nmse"))
+    assert np.mean(bic == true) > 0.9
+    assert (nmse == 4).all()
+    assert bic.mean() < redchi.mean() < 4
+
+
 def test_surroundings_without_valid_pixels_have_the_level_of_the_map() -> None:
     data = with_sources(7.0 + 0.1 * plane_of(1))
     data[:55, :60] = np.nan
@@ -293,6 +422,62 @@ def test_each_way_is_unbiased_where_it_applies(
     """The mean pull of 80 sources is 0 within four of its errors."""
     pull = flux_pulls(replace(ISOLATED, **background), way, tmp_path)
     assert abs(pull.mean()) < 4 * pull.std() / np.sqrt(len(pull))
+
+
+@pytest.mark.parametrize("method", ["bic", "redchi", "nmse"])
+def test_the_order_of_the_joint_background_is_chosen_by_the_method(
+    method: str, tmp_path: Path
+) -> None:
+    """No background at all: bic keeps to order 0, nmse takes the highest."""
+    flat = replace(ISOLATED, gradient=0.0, structure=0.0)
+    path, _ = write_simulation(simulate(flat), tmp_path / "map.fits")
+    config = Config.model_validate({"fit_options": {"min_method": method}})
+    order = extract(read_map(path), config).catalog["POLYN"]
+    share = np.mean(order == 0)
+    if method == "bic":
+        assert share > 0.9
+    elif method == "redchi":
+        assert 0.1 < share < 0.9
+    else:
+        assert (order == 2).all()
+
+
+def test_the_penalty_flattens_the_background_that_is_fitted_with_the_sources(
+    tmp_path: Path,
+) -> None:
+    """On a slope: HYPER's strength hardly, a strong one so that the slope stays in the residual."""
+    steep = replace(ISOLATED, gradient=300.0)
+    path, _ = write_simulation(simulate(steep), tmp_path / "map.fits")
+    nmse = []
+    for strength in (None, 1e-4, 1e6):
+        fit_options = {
+            "use_l2_regularization": strength is not None,
+            "lambda_l2": strength or 1.0,
+        }
+        options = {"fit_options": fit_options, "background": {"polynomial_orders": [1]}}
+        found = extract(read_map(path), Config.model_validate(options)).catalog
+        nmse.append(np.median(found["NMSE"]))
+    assert_allclose(nmse[1], nmse[0], rtol=1e-3)
+    assert nmse[2] > 1.5 * nmse[0]
+
+
+def test_every_fit_is_reported_where_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = write_simulation(simulate(replace(ISOLATED, n_sources=6)), tmp_path / "map.fits")
+    for verbose in (False, True):
+        caplog.clear()
+        config = Config.model_validate({"fit_options": {"verbose": verbose}})
+        with caplog.at_level("INFO", "hyperjax"):
+            found = extract(read_map(path), config).catalog
+        told = [r.getMessage() for r in caplog.records if "source " in r.getMessage()]
+        told = [text for text in told if "peak" in text]
+        assert len(told) == verbose * len(found)
+    told.sort(key=lambda text: int(text.split("source ")[1].split(":")[0]))
+    for row, text in zip(found, told, strict=True):
+        assert f"x {row['X_PIX'].value:.2f} +-" in text
+        assert f"y {row['Y_PIX'].value:.2f} +-" in text
+        assert f"peak {row['FLUX_PEAK'].to_value('Jy/beam'):.4g} +-" in text
 
 
 def test_together_is_better_than_separately_on_a_steep_gradient(tmp_path: Path) -> None:

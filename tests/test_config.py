@@ -1,6 +1,7 @@
 """The configuration: defaults, both dialects of HYPER's files, and every message in one line."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hyperjax.config import NOT_YET, SWITCH, Config, Detection, all_keys
 from hyperjax.config_io import (
     config_from_dict,
     find_config,
+    find_or_offer_config,
     load_config,
     map_paths,
     template,
@@ -504,6 +506,39 @@ def test_an_unknown_key_is_refused_with_a_guess(key: str, message: str) -> None:
     assert message_of(nested(key, 1)) == f"my.yaml: {key}: {message}"
 
 
+@pytest.mark.parametrize("key", all_keys())
+def test_a_bad_value_in_any_key_is_one_line_with_its_path_and_the_range(key: str) -> None:
+    """A section in the place of a value is wrong for every key."""
+    message = message_of(nested(key, {"no": "value"}))
+    assert message.startswith(f"my.yaml: {key} = {{")
+    assert message.endswith(f": must be {all_keys()[key].allowed}")
+
+
+def values_out_of_range(allowed: str) -> list[Any]:
+    """What the words for a range say that is not allowed."""
+    wrong: list[Any] = [[[]]]
+    for sign, bound in re.findall(r"(>=|>|<=|<) (-?[\d.]+)", allowed):
+        step = {">=": -1, ">": 0, "<=": 1, "<": 0}[sign]
+        wrong.append(float(bound) + step)
+    if "one of" in allowed:
+        wrong.append("none of them")
+    if "true or false" in allowed:
+        wrong += ["perhaps", 2]
+    if "number" in allowed or "integer" in allowed:
+        wrong += ["many"] if "text" not in allowed else []
+    if "name" in allowed:
+        wrong.append("a/b")
+    return wrong
+
+
+@pytest.mark.parametrize("key", all_keys())
+def test_what_the_range_of_any_key_leaves_out_is_refused(key: str) -> None:
+    for value in values_out_of_range(all_keys()[key].allowed):
+        message = message_of(nested(key, value))
+        assert message.startswith(f"my.yaml: {key} = ")
+        assert ": must be " in message
+
+
 def test_several_mistakes_give_one_line_that_names_them_all() -> None:
     options = {
         "detection": {"sigma_thres": -1, "roundlim": "x"},
@@ -582,14 +617,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "photometry.fwhm_1": [12.0],
     "photometry.fwhm_2": [11.0],
     "photometry.PA_val": [30.0],
-    "fit_options.weights": "power_snr",
-    "fit_options.power_snr": 3,
-    "fit_options.spatial_weight_sigma": 2,
-    "fit_options.bg_fitters": ["least_squares", "huber"],
-    "fit_options.huber_epsilons": [1.2],
     "fit_options.calc_covar": True,
-    "fit_options.verbose": True,
-    "fit_options.fit_aperture_sigma": 2.0,
     "background.pol_orders_bkg_no_sources": [2],
     "fits_output.fits_fitting": True,
     "fits_output.fits_deblended": True,
@@ -619,20 +647,21 @@ def test_what_is_not_there_yet_is_refused_with_an_alternative(key: str) -> None:
     assert message.endswith(f": not in this version of hyperjax; {NOT_YET[key]}")
 
 
-@pytest.mark.parametrize("weights", ["power_snr", "map", "mask", "spatial"])
-def test_weights_that_are_not_there_yet(weights: str) -> None:
-    assert message_of({"fit_options": {"weights": weights}}) == (
-        f"my.yaml: fit_options.weights = '{weights}': not in this version of hyperjax; use "
-        "inverse_rms, snr or null"
-    )
-
-
 @pytest.mark.parametrize(
     ("written", "meant"),
     [(None, "null"), ("null", "null"), ("snr", "snr"), ("inverse_rms", "inverse_rms")],
 )
-def test_weights_that_are_there(written: str | None, meant: str) -> None:
+def test_no_weights_are_written_with_or_without_quotes(written: str | None, meant: str) -> None:
     assert config_from_dict({"fit_options": {"weights": written}}).fit_options.weights == meant
+
+
+@pytest.mark.parametrize("weights", ["snr", "power_snr", "map", "spatial"])
+def test_weights_that_vary_do_not_go_with_a_robust_loss(weights: str) -> None:
+    assert message_of({"fit_options": {"weights": weights, "loss": "cauchy"}}) == (
+        f"my.yaml: fit_options.weights = {weights}: does not go with loss = cauchy, which takes "
+        "the pixels of large weight for outliers; use loss = linear, or weights = null, mask or "
+        "inverse_rms"
+    )
 
 
 def test_what_is_not_there_yet_is_refused_in_the_class_too() -> None:
@@ -649,7 +678,6 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
         options.setdefault(section, {})[name] = value
     config = config_from_dict(options)
     assert flat(config.model_dump(mode="json"))[key] == OTHER_THAN_DEFAULT[key]
-    assert config.without_effect == {}
 
 
 # --- HYPER's files -------------------------------------------------------------------------------
@@ -658,10 +686,6 @@ def test_a_detail_of_an_option_that_is_off_is_accepted(key: str, switch: str) ->
 def test_hypers_own_defaults_load() -> None:
     config = config_from_dict(HYPER)
     assert flat(config.model_dump(mode="json")).items() >= flat(HYPER).items()
-    assert config.without_effect == {
-        "fit_options.fit_aperture_sigma": NOT_YET["fit_options.fit_aperture_sigma"]
-    }
-    assert Config().without_effect == {}
 
 
 OLDER = """
@@ -713,6 +737,14 @@ def test_the_common_folder_of_the_older_dialect(paths: dict[str, Any], maps: str
     config = config_from_dict({"paths": paths})
     assert Path(config.paths.input.dir_maps) == Path(maps)
     assert config.paths.output.dir_root == "a"
+
+
+def test_no_background_true_is_no_polynomial_at_all() -> None:
+    config = config_from_dict(
+        {"background": {"no_background": True, "fit_gauss_and_bg_together": True}}
+    )
+    assert not config.background.fit_gauss_and_bg_together
+    assert not config.background.fit_gauss_and_bg_separately
 
 
 def test_no_background_false_leaves_the_background_as_it_is() -> None:
@@ -811,12 +843,18 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     user.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(platformdirs, "user_config_path", lambda name: user / name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(user))
     return here, user / "hyperjax"
 
 
 def test_lookup_order(folders: tuple[Path, Path]) -> None:
     here, user = folders
     assert find_config() is None
+    theirs = user.parent / "hyper-py" / "hyper_config.yaml"
+    theirs.parent.mkdir()
+    theirs.write_text("")
+    assert find_config() == theirs
+    assert load_config(theirs).base_dir == here
     user.mkdir()
     (user / "hyper_config.yaml").write_text("")
     assert find_config() == user / "hyper_config.yaml"
@@ -824,6 +862,22 @@ def test_lookup_order(folders: tuple[Path, Path]) -> None:
     assert find_config() == Path("hyper_config.yaml")
     assert find_config("other.yaml") == Path("other.yaml")
     assert find_config("~/x.yaml") == Path.home() / "x.yaml"
+
+
+def test_where_there_is_no_configuration_one_is_written(folders: tuple[Path, Path]) -> None:
+    here, _ = folders
+    with pytest.raises(ConfigError, match=r"wrote hyper_config\.yaml; name your maps in it"):
+        find_or_offer_config()
+    assert (here / "hyper_config.yaml").read_text(encoding="utf-8") == template()
+    assert find_or_offer_config() == Path("hyper_config.yaml")
+    assert find_or_offer_config("other.yaml") == Path("other.yaml")
+
+
+def test_a_configuration_that_cannot_be_written(folders: tuple[Path, Path]) -> None:
+    here, _ = folders
+    (here / "hyper_config.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"none can be written \("):
+        find_or_offer_config()
 
 
 def test_relative_paths_are_relative_to_the_files_own_folder(folders: tuple[Path, Path]) -> None:
@@ -856,6 +910,36 @@ def test_maps_by_name_list_and_file(tmp_path: Path) -> None:
         maps / "a.fits",
         *expected,
     ]
+
+
+def test_a_list_of_maps_may_be_beside_the_configuration(tmp_path: Path) -> None:
+    """One in the folder of the maps goes before it; the names are in that folder either way."""
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    text = "paths: {input: {dir_maps: maps}}\nfiles: {file_map_name: list.txt}"
+    (tmp_path / "list.txt").write_text("a.fits\n")
+    assert map_paths(load_text(tmp_path, text)) == [maps / "a.fits"]
+    (maps / "list.txt").write_text("b.fits\n")
+    assert map_paths(load_text(tmp_path, text)) == [maps / "b.fits"]
+
+
+def test_a_folder_stands_for_the_maps_in_it(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    (maps / "more").mkdir(parents=True)
+    for name in ("b.fits", "a.FITS.gz", "c.fts.fz", "notes.txt", ".hidden.fits", "more/d.fit"):
+        (maps / name).touch()
+    head = "paths: {input: {dir_maps: maps}}\nfiles: {file_map_name: "
+    here = [maps / "a.FITS.gz", maps / "b.fits", maps / "c.fts.fz"]
+    assert map_paths(load_text(tmp_path, head + ".}")) == here
+    assert map_paths(load_text(tmp_path, head + "more}")) == [maps / "more/d.fit"]
+    assert map_paths(load_text(tmp_path, head + "[more, e.fits, .]}")) == [
+        maps / "more/d.fit",
+        maps / "e.fits",
+        *here,
+    ]
+    (maps / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: no FITS file"):
+        map_paths(load_text(tmp_path, head + "empty}"))
 
 
 @pytest.mark.parametrize(

@@ -321,20 +321,11 @@ def test_a_result_shows_itself_on_one_line(tmp_path: Path) -> None:
     assert repr(result) == f"<SurveyResult: 2 maps finished, 1 failed, 0 sources in {where}>"
 
 
-def test_options_without_effect_are_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = config_from_dict({"fit_options": {"fit_aperture_sigma": 1.0}})
-    with caplog.at_level(logging.INFO, "hyperjax"):
-        list(run([tmp_path / "m.fits"], config, tmp_path / "out"))
-    assert "fit_options.fit_aperture_sigma: HYPER's default is accepted, but has no" in caplog.text
-
-
 # --- run_hyper -----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("extract_with")
-@pytest.mark.parametrize("kind", ["path", "text", "mapping", "config"])
+@pytest.mark.parametrize("kind", ["path", "text", "mapping", "config", "none"])
 def test_run_hyper_takes_a_file_or_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -344,7 +335,7 @@ def test_run_hyper_takes_a_file_or_options(
         "paths": {"input": {"dir_maps": "maps"}, "output": {"dir_root": "results"}},
         "files": {"file_map_name": "m.fits"},
     }
-    file = tmp_path / "c.yaml"
+    file = tmp_path / ("hyper_config.yaml" if kind == "none" else "c.yaml")
     file.write_text(
         "paths: {input: {dir_maps: maps}, output: {dir_root: results}}\n"
         "files: {file_map_name: m.fits}\n"
@@ -354,6 +345,7 @@ def test_run_hyper_takes_a_file_or_options(
         "text": str(file),
         "mapping": options,
         "config": config_from_dict(options),
+        "none": None,
     }
     result = run_hyper(given[kind])
     assert result.exit_code == 0
