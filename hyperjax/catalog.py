@@ -59,7 +59,10 @@ class FLAGS(IntFlag):
     NO_DATA = 2048, "no valid pixel in the aperture"
     ELONGATED = 4096, "axis ratio above 3: may be several sources, or a filament"
     NEGATIVE_FLUX = 8192, "the aperture flux is negative"
-    NOT_FITTED = 16384, "detected only: no fit was asked for"
+    NOT_FITTED = 16384, "not fitted: detected only, or given but not measured"
+    FORCED = 32768, "measured at a position that was given, not detected"
+    OUTSIDE = 65536, "the given position is outside the image or in blank pixels: not measured"
+    NO_SIZE = 131072, "no size was given where sizes are: not measured"
 
 
 class Column(NamedTuple):
@@ -76,7 +79,12 @@ _ERR = "1-sigma uncertainty of"
 
 COLUMNS: tuple[Column, ...] = (
     Column("MAP_ID", str, None, "Name of the map"),
-    Column("HYPER_ID", int, None, "Number of the source in its map, by decreasing S/N, from 1"),
+    Column(
+        "HYPER_ID",
+        int,
+        None,
+        "Number of the source in its map, by decreasing S/N, from 1; the ID of a given source",
+    ),
     Column("FLUX_PEAK", float, _JY_BEAM, "Peak of the fitted Gaussian"),
     Column("FLUX_PEAK_ERR", float, _JY_BEAM, f"{_ERR} FLUX_PEAK"),
     Column(
@@ -107,9 +115,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("NMSE", float, None, "Normalised mean squared error of the group's fit"),
     Column("CHI2_RED", float, None, "Reduced chi-square of the group's fit"),
     Column("BIC", float, None, "Bayesian information criterion of the group's fit"),
-    Column("FWHM_1", float, u.arcsec, "Major FWHM of the fitted Gaussian, beam included"),
+    Column(
+        "FWHM_1",
+        float,
+        u.arcsec,
+        "Major FWHM of the fitted Gaussian, beam included; the given one (photometry.fixed_radius)",
+    ),
     Column("FWHM_1_ERR", float, u.arcsec, f"{_ERR} FWHM_1"),
-    Column("FWHM_2", float, u.arcsec, "Minor FWHM of the fitted Gaussian, beam included"),
+    Column("FWHM_2", float, u.arcsec, "Minor FWHM, as FWHM_1"),
     Column("FWHM_2_ERR", float, u.arcsec, f"{_ERR} FWHM_2"),
     Column("PA", float, u.deg, "Position angle of the major axis, East of North (ICRS), 0 to 180"),
     Column(

@@ -224,6 +224,18 @@ def run(
             "450, 850 um. Default: 15, the header's.",
         ),
     ] = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Measure these sources and detect none: a table with ID, RA, DEC, FWHM_1, FWHM_2, "
+            "PA (IPAC, ECSV, CSV), or a catalogue of another map.",
+        ),
+    ] = None,
+    fit_sizes: Annotated[
+        bool,
+        typer.Option("--fit-sizes", help="With --sources: take the positions only, fit the sizes."),
+    ] = False,
     detection_only: Annotated[
         bool, typer.Option("--detection-only", help="Detect the sources, but do not fit them.")
     ] = False,
@@ -244,6 +256,10 @@ def run(
 
         hyperjax run *.fits -c hyper_config.yaml --jobs 2
 
+    The sources of one map in the apertures of another (forced photometry):
+
+        hyperjax run band2.fits --sources out/params/params_band1.ecsv
+
     Maps, folders and everything else from a configuration:
 
         hyperjax run hyper_config.yaml
@@ -263,6 +279,10 @@ def run(
         "survey.beam_fwhm_arcsec": beam,
         "survey.survey_code": survey_code,
         "files.hdu": hdu,
+        "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
+        "detection.use_fixed_source_table": True if sources else None,
+        "detection.fixed_peaks": True if sources else None,
+        "photometry.fixed_radius": False if fit_sizes else True if sources else None,
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)

@@ -297,13 +297,19 @@ class Detection(_Section):
     )
     use_fixed_source_table: bool = Field(
         default=False,
-        description="Take the sources from a table (ID, RA, DEC, FWHM_1, FWHM_2, PA).",
+        description="Take what fixed_peaks and photometry.fixed_radius give from a table with the "
+        "columns ID, RA, DEC (ICRS) and FWHM_1, FWHM_2 [arcsec], PA [deg]: IPAC, ECSV or CSV. A "
+        "catalogue that hyperjax wrote is one.",
     )
     fixed_source_table_path: Text | None = Field(
-        default=None, description="The IPAC table of sources where use_fixed_source_table is true."
+        default=None,
+        description="The table of sources where use_fixed_source_table is true, relative to the "
+        "folder of this file.",
     )
     fixed_peaks: bool = Field(
-        default=False, description="Measure at given positions; detect nothing."
+        default=False,
+        description="Measure at given positions and detect nothing: forced photometry. One row "
+        "for each position, in the order given; those outside the map are flagged.",
     )
     xcen_fix: Some[Longitude] | None = Field(
         default=None,
@@ -357,18 +363,24 @@ class Photometry(_Section):
         default=0.5, description="Semi-axes of the elliptical aperture [fitted FWHM]."
     )
     fixed_radius: bool = Field(
-        default=False, description="Use the apertures fwhm_1, fwhm_2, PA_val, not the fitted ones."
+        default=False,
+        description="Use the ellipses fwhm_1, fwhm_2, PA_val for the apertures (their semi-axes "
+        "are these times fwhm_radius_ratio), not the fitted ones. At given positions "
+        "(detection.fixed_peaks) the sizes of the sources are not fitted either.",
     )
     fwhm_1: Some[NotNegative] | None = Field(
         default=None,
-        description="Major FWHM of the given apertures: one, or one per source [arcsec].",
+        description="Major FWHM of the given ellipses: one, or one per given position [arcsec].",
     )
     fwhm_2: Some[NotNegative] | None = Field(
         default=None,
-        description="Minor FWHM of the given apertures: one, or one per source [arcsec].",
+        description="Minor FWHM of the given ellipses: one, or one per given position; null means "
+        "fwhm_1 [arcsec].",
     )
     PA_val: Some[Longitude] | None = Field(
-        default=None, description="Position angle of the given apertures, East of North [deg]."
+        default=None,
+        description="Position angle of the given ellipses in the frame of the map, East of North: "
+        "one, or one per given position; null means 0 [deg].",
     )
 
     @model_validator(mode="after")
@@ -453,8 +465,13 @@ class FitOptions(_Section):
         description="Strength of the penalty of use_l2_regularization [dimensionless].",
     )
     vary: Annotated[
-        bool, Differs(False, "the peaks of the detection are pinned to a pixel, the sources not")
-    ] = Field(default=True, description="Fit the positions too, within position_range_fwhm.")
+        bool | None,
+        Differs(False, "the peaks of the detection are pinned to a pixel, the sources not"),
+    ] = Field(
+        default=None,
+        description="Fit the positions too, within position_range_fwhm; null fits those of "
+        "detected sources, but not given ones (detection.fixed_peaks).",
+    )
     position_range_fwhm: Positive = Field(
         default=0.5,
         description="How far a fitted position may move, along each axis, but 1 pixel at least "
@@ -650,6 +667,19 @@ class Config(_Section):
         """Make a path of the configuration absolute; ``~`` is the user's home."""
         return self.base_dir / expand_home(path)
 
+    @property
+    def positions_vary(self) -> bool:
+        """Whether positions are fitted: as `fit_options.vary` says, else unless they are given."""
+        vary = self.fit_options.vary
+        return not self.detection.fixed_peaks if vary is None else vary
+
+    @model_validator(mode="after")
+    def _given_sources_are_there(self) -> "Config":
+        problem = _missing_of_given_sources(self.detection, self.photometry)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
     @model_validator(mode="after")
     def _only_what_there_is(self) -> "Config":
         for key, why in NOT_YET.items():
@@ -667,18 +697,70 @@ class Config(_Section):
         return {key: why for key, why in NOT_YET.items() if _is_hypers(self, key)}
 
 
+# --- Sources that are given ----------------------------------------------------------------------
+
+
+def _missing_of_given_sources(detection: Detection, photometry: Photometry) -> str | None:
+    """What fixed peaks and radii lack, or what of them contradicts the rest; None if all is well.
+
+    What a table of sources lacks is found where it is read (`hyperjax.forced`).
+    """
+    if detection.use_fixed_source_table:
+        return _missing_of_table(detection, photometry)
+    if detection.fixed_peaks:
+        counts = [len(detection.xcen_fix or ()), len(detection.ycen_fix or ())]
+        if 0 in counts or counts[0] != counts[1]:
+            return (
+                f"detection.fixed_peaks = True: detection.xcen_fix has {counts[0]} values and "
+                f"ycen_fix {counts[1]}; give as many of one as of the other [deg], or a table "
+                "(detection.use_fixed_source_table)"
+            )
+    if not photometry.fixed_radius:
+        return None
+    count = len(detection.xcen_fix or ()) if detection.fixed_peaks else 1
+    return _wrong_ellipses(photometry, count)
+
+
+def _missing_of_table(detection: Detection, photometry: Photometry) -> str | None:
+    if detection.fixed_source_table_path is None:
+        return (
+            "detection.fixed_source_table_path = null: must be the path of a table where "
+            "detection.use_fixed_source_table is true"
+        )
+    if not detection.fixed_peaks:
+        alone = "without it nothing is taken from the table"
+        ellipses = "the ellipses of a table belong to its positions"
+        return (
+            "detection.fixed_peaks = False: must be true where detection.use_fixed_source_table "
+            f"is; {ellipses if photometry.fixed_radius else alone}"
+        )
+    return None
+
+
+def _wrong_ellipses(photometry: Photometry, count: int) -> str | None:
+    """What is wrong with given ellipses for some positions (1 where sources are detected)."""
+    if photometry.fwhm_1 is None:
+        return (
+            "photometry.fwhm_1 = null: must be a list of FWHM > 0 [arcsec] where "
+            "photometry.fixed_radius is true"
+        )
+    for name in ("fwhm_1", "fwhm_2", "PA_val"):
+        values = getattr(photometry, name) or (1.0,)
+        if name != "PA_val" and min(values) <= 0:
+            return f"photometry.{name} = {shown(values)}: must be > 0 [arcsec]"
+        if len(values) not in (1, count):
+            allowed = f"1 value, or {count}: one for each position" if count > 1 else "1 value"
+            return f"photometry.{name}: has {len(values)} values; must have {allowed}"
+    return None
+
+
 # --- What HYPER can do and this version cannot ---------------------------------------------------
 
-_DETECTED = "sources are detected on each map"
-_FITTED = "apertures follow the fitted ellipses, scaled by photometry.fwhm_radius_ratio"
 _MAPS_WRITTEN = "use the maps of model, residual, background and rms that every run writes"
 _OVERVIEW = "use the overview picture that every run draws"
 
 _UNAVAILABLE = {
     "control.datacube": "run the channels as separate two-dimensional maps",
-    "detection.use_fixed_source_table": _DETECTED,
-    "detection.fixed_peaks": _DETECTED,
-    "photometry.fixed_radius": _FITTED,
     "fit_options.weights": "use inverse_rms, snr or null",
     "fit_options.bg_fitters": "use [least_squares]",
     "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
@@ -694,12 +776,6 @@ _UNAVAILABLE = {
 
 SWITCH = {
     "control.dir_datacube_slices": "control.datacube",
-    "detection.fixed_source_table_path": "detection.use_fixed_source_table",
-    "detection.xcen_fix": "detection.fixed_peaks",
-    "detection.ycen_fix": "detection.fixed_peaks",
-    "photometry.fwhm_1": "photometry.fixed_radius",
-    "photometry.fwhm_2": "photometry.fixed_radius",
-    "photometry.PA_val": "photometry.fixed_radius",
     "fit_options.power_snr": "fit_options.weights",
     "fit_options.spatial_weight_sigma": "fit_options.weights",
     "fit_options.huber_epsilons": "fit_options.bg_fitters",

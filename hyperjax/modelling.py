@@ -81,6 +81,7 @@ def model_sources(
     fwhm_pix: float,
     config: Config,
     known: SourceFits | None = None,
+    shapes: NDArray[np.float64] | None = None,
 ) -> Modelled:
     """Fit every detected source of a map together with the background under it.
 
@@ -98,12 +99,14 @@ def model_sources(
         Fits, from an earlier call, of the first of the sources `found`. Without them there is one
         quick sweep, with neighbours masked and the highest order of the background alone, else
         `fit_options.sweeps`, with neighbours subtracted. The last of these compares the orders.
+    shapes
+        (n, 3) sigma_major, sigma_minor, theta (pixel, rad) that are held; fitted if None.
     """
     options = config.fit_options
     x, y = found.x, found.y
     group = link(x, y, options.group_distance_fwhm * fwhm_pix)
     placed = windows(blocks(group, x, y), x, y, options.window_fwhm * fwhm_pix)
-    start = _first_guess(data, found, fwhm_pix, config)
+    start = _first_guess(data, found, fwhm_pix, config, shapes)
     separate = None
     if config.background.fit_gauss_and_bg_separately:
         remainder = data if known is None else data - render_sources(data.shape, known)
@@ -135,7 +138,11 @@ def _with_new(known: SourceFits, start: _Start) -> SourceFits:
 
 
 def _first_guess(
-    data: NDArray[np.float64], found: Detections, fwhm_pix: float, config: Config
+    data: NDArray[np.float64],
+    found: Detections,
+    fwhm_pix: float,
+    config: Config,
+    shapes: NDArray[np.float64] | None,
 ) -> _Start:
     """Start values and bounds from the detections and the beam."""
     options, sizes = config.fit_options, config.photometry
@@ -148,8 +155,12 @@ def _first_guess(
     size = np.full(n, np.clip(_START_SIZE * sigma, low, high))
     start = np.column_stack([found.peak, found.x, found.y, size, size, np.zeros(n)])
     ones = np.ones(n)
+    lowest = 0 * found.peak
+    if config.detection.fixed_peaks:  # noise has either sign
+        highest = np.full(n, _PEAK_HEADROOM * np.nanmax(np.abs(data)))
+        lowest = -highest
     lower = np.column_stack(
-        [0 * found.peak, found.x - shift, found.y - shift, low * ones, low * ones, 0 * ones]
+        [lowest, found.x - shift, found.y - shift, low * ones, low * ones, 0 * ones]
     )
     upper = np.column_stack(
         [
@@ -162,7 +173,9 @@ def _first_guess(
         ]
     )
     free = np.ones((n, 6), bool)
-    free[:, 1:3] = options.vary
+    free[:, 1:3] = config.positions_vary
+    if shapes is not None:
+        start[:, 3:], free[:, 3:] = shapes, False
     return _Start(start, lower, upper, free)
 
 
@@ -437,7 +450,7 @@ def _second_try(
     some = GroupBatch(*(leaf[failed] for leaf in batch))
     middle, half = (some.lower + some.upper) / 2, (some.upper - some.lower) / 2
     lower, upper = middle - _WIDER * half, middle + _WIDER * half
-    lower[..., 0] = 0
+    lower[..., 0] = np.minimum(some.lower[..., 0], 0)
     lower[..., 3:5] = some.lower[..., 3:5] / _WIDER
     upper[..., 3:5] = some.upper[..., 3:5] * _WIDER
     tried = _fitted(some._replace(lower=lower, upper=upper), config)

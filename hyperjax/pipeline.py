@@ -13,6 +13,7 @@ from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
 from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError, ConfigError
+from hyperjax.forced import Placed, given_sources, place
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
 from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
@@ -84,17 +85,24 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map is smaller than the detection filter.
     BlankMapError
         If the map has no noise, so that no signal-to-noise ratio can be had.
+    MissingFileError, ConfigError
+        If the table of sources, where the options name one, is not there or is none.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "detection", map.name):
         size = _filter_size(map, config)
         filtered = high_pass(map.data, size)
         rms = scatter = _noise(map, filtered, config)
-        found = _detect(map, filtered, scatter, config)
+        given = given_sources(config, map.frame)
+        placed = None if given is None else place(given, map)
+        if placed is not None and placed.at_positions:
+            found = placed.detections(filtered, scatter)
+        else:
+            found = _detect(map, filtered, scatter, config)
     if config.control.detection_only:
         modelled, fits = None, unfitted(found, map.beam_fwhm_pix, config)
     else:
-        modelled, found, rms = _modelled(map, found, scatter, config, seconds)
+        modelled, found, rms = _modelled(map, found, scatter, config, seconds, placed)
         fits = modelled.fits
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
@@ -116,11 +124,16 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             )
     with timed(seconds, "photometry", map.name):
         ratio = config.photometry.fwhm_radius_ratio
-        apertures = aperture_photometry(residual, fits, rms, ratio, correlation)
-    with timed(seconds, "catalogue", map.name):
+        found = found._replace(rms=np.full(len(found.x), rms))
         order = np.argsort(-found.peak, kind="stable")
+        shapes = None
+        if placed is not None:
+            fits, found = placed.all_rows(fits, found)
+            shapes = placed.apertures(fits)
+            order = np.arange(len(fits.x)) if placed.at_positions else order
+        apertures = aperture_photometry(residual, fits, rms, ratio, correlation, shapes)
+    with timed(seconds, "catalogue", map.name):
         found = Detections(*(column[order] for column in found))
-        found = found._replace(rms=np.full(len(order), rms))
         catalog = build_catalog(
             map,
             fits.take(order),
@@ -129,6 +142,8 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             convert_mjy=config.units.convert_mJy,
             shoulder_threshold=config.detection.shoulder_threshold,
         )
+        if placed is not None:
+            placed.complete(catalog, fits.take(order))
         catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
         catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
@@ -142,7 +157,12 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
 
 
 def _modelled(
-    map: Map, found: Detections, scatter: float, config: Config, seconds: dict[str, float]
+    map: Map,
+    found: Detections,
+    scatter: float,
+    config: Config,
+    seconds: dict[str, float],
+    placed: Placed | None,
 ) -> tuple[Modelled, Detections, float]:
     """Fit all sources, look for companions in what is left, and fit all again.
 
@@ -150,17 +170,21 @@ def _modelled(
     the dips that sources leave in a filtered map.
     """
     fwhm, rms = map.beam_fwhm_pix, scatter
+    shapes = None if placed is None else placed.model_shapes()
     with timed(seconds, "first fit", map.name):
-        first = model_sources(map.data, _noise_map(map, rms), found, fwhm, config).fits
+        noise = _noise_map(map, rms)
+        first = model_sources(map.data, noise, found, fwhm, config, shapes=shapes).fits
     with timed(seconds, "companions", map.name):
         rest = high_pass(map.data - render_sources(map.shape, first), _filter_size(map, config))
         if not config.detection.use_manual_rms:
             rms = clipped_rms(rest) or scatter
-        fitted = found._replace(x=first.x, y=first.y)
-        new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
-        found = Detections(*(np.concatenate(pair) for pair in zip(found, new, strict=True)))
+        if not config.detection.fixed_peaks:
+            fitted = found._replace(x=first.x, y=first.y)
+            new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
+            found = Detections(*(np.concatenate(pair) for pair in zip(found, new, strict=True)))
     with timed(seconds, "fit", map.name):
-        modelled = model_sources(map.data, _noise_map(map, rms), found, fwhm, config, first)
+        noise = _noise_map(map, rms)
+        modelled = model_sources(map.data, noise, found, fwhm, config, first, shapes)
     return modelled, found, rms
 
 

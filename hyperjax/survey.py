@@ -33,6 +33,7 @@ from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.files import remove_temporaries
+from hyperjax.forced import given_sources
 from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
@@ -269,9 +270,12 @@ def run(
 
     Raises
     ------
+    MissingFileError, ConfigError
+        The table of given sources is not there, or is none.
     OutputError
         The results cannot be written; found before the work begins where it can be.
     """
+    given_sources(config)
     layout = Layout.from_config(config, Path(out).absolute())
     _refuse_unwritable(layout)
     names = _unique_names(distinct_maps(maps), config)
