@@ -119,7 +119,7 @@ COLUMNS: tuple[Column, ...] = (
         "FWHM_1",
         float,
         u.arcsec,
-        "Major FWHM of the fitted Gaussian, beam included; the given one (photometry.fixed_radius)",
+        "Major FWHM of the fitted Gaussian, beam included; that of a given ellipse",
     ),
     Column("FWHM_1_ERR", float, u.arcsec, f"{_ERR} FWHM_1"),
     Column("FWHM_2", float, u.arcsec, "Minor FWHM, as FWHM_1"),
@@ -142,6 +142,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("Y_PIX", float, u.pix, "Row of the image, 0 at the centre of the first pixel"),
     Column("DEBLEND", int, None, "1 if fitted together with other sources, else 0"),
     Column("CLUSTER", int, None, "Number of sources in the group"),
+    Column("GROUP", int, None, "Number of the group of sources that were fitted together, from 1"),
     Column("SHOULDER_SCORE", float, None, "Asymmetry of the surroundings, relative to the peak"),
     Column(
         "SNR",
@@ -328,8 +329,17 @@ def _fit_quality(fits: SourceFits) -> dict[str, NDArray[Any]]:
         "STATUS": fits.status,
         "DEBLEND": fits.group_size > 1,
         "CLUSTER": fits.group_size,
+        "GROUP": _numbered(fits.group),
         "NITER": fits.niter,
     }
+
+
+def _numbered(group: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Number groups from 1 in the order in which they come; 0 for none (-1)."""
+    labels, first = np.unique(group[group >= 0], return_index=True)
+    rank = np.zeros(int(np.max(labels, initial=-1)) + 2, int)
+    rank[labels[np.argsort(first)]] = np.arange(1, len(labels) + 1)
+    return np.asarray(rank[group])
 
 
 def _positions(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[np.float64]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperjax.errors import ConfigError, HyperjaxError, OutputError
+from hyperjax.errors import ConfigError, HyperjaxError, MissingFileError, OutputError
 from hyperjax.logs import attached, counted
 
 if TYPE_CHECKING:
@@ -440,6 +440,78 @@ def _print_failures(result: "SurveyResult", debug: bool) -> None:
             typer.echo(outcome.traceback, err=True)
         log = f" (log: {_short(outcome.log)})" if outcome.log else ""
         _print_error(f"{outcome.error}{log}")
+
+
+# --- plot ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|CONFIG.yaml",
+            help="The output folder of a finished run, or its configuration.",
+            show_default=False,
+        ),
+    ],
+    ids: Annotated[
+        str,
+        typer.Option("--id", metavar="3,7", help="HYPER_IDs of the sources. Default: all."),
+    ] = "",
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME", help="Only this map (may be repeated)."),
+    ] = None,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="What to draw, separated by commas: fitting (groups), deblended (sources), "
+            "bg_separate (separate backgrounds).",
+        ),
+    ] = "fitting,deblended",
+    debug: Debug = False,
+) -> None:
+    """Draw single fits of a finished run again, from what it wrote.
+
+    The groups of sources 3 and 7, and these sources without their neighbours:
+
+        hyperjax plot results --id 3,7
+    """
+    with _errors_in_one_line(debug):
+        from hyperjax.config import Config
+        from hyperjax.config_io import load_config
+        from hyperjax.products import Layout
+        from hyperjax.singles import draw_again, finished_maps
+        from hyperjax.survey import output_folder
+
+        is_config = results.suffix.lower() in (".yaml", ".yml")
+        config = load_config(results) if is_config else Config()
+        layout = Layout.from_config(config, output_folder(config) if is_config else results)
+        maps = names or finished_maps(layout)
+        if not maps:
+            raise MissingFileError(f"{layout.images}: no finished map there")
+        for path in draw_again(layout, config, maps, _numbers(ids), _kinds(kinds)):
+            typer.echo(_short(path.absolute()))
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise ConfigError(f"--id {text}: must be whole numbers, separated by commas") from None
+
+
+def _kinds(text: str) -> list[str]:
+    from hyperjax.cutouts import KINDS
+
+    kinds = [kind.strip() for kind in text.split(",")]
+    if not set(kinds) <= set(KINDS):
+        raise ConfigError(f"--kind {text}: must be some of {', '.join(KINDS)}")
+    return kinds
 
 
 # --- init ----------------------------------------------------------------------------------------

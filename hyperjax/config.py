@@ -441,8 +441,8 @@ class FitOptions(_Section):
     )
     calc_covar: bool = Field(
         default=False,
-        description="HYPER's switch for the covariance of the parameters, which is always "
-        "computed here.",
+        description="Write the covariance of all parameters of each group, as a FITS table in the "
+        "folder fits; the errors in the catalogue need no switch.",
     )
     min_method: Annotated[
         Literal["nmse", "redchi", "bic"],
@@ -587,15 +587,24 @@ class Noise(_Section):
 
 
 class FitsOutput(_Section):
-    """FITS files of single fits."""
+    """FITS files of single fits, in Jy/beam or mJy/beam (units.convert_mJy)."""
 
     fits_fitting: bool = Field(
-        default=False, description="Write data, model and residual of each group."
+        default=False,
+        description="Write, for each group, the data, the pixels that were fitted, the model and "
+        "the residual.",
     )
     fits_deblended: bool = Field(
-        default=False, description="Write the map of each deblended source."
+        default=False,
+        description="Write, for each source, the data, the map without background and other "
+        "sources, the model of the source and the residual.",
     )
-    fits_bg_separate: bool = Field(default=False, description="Write each separate background.")
+    fits_bg_separate: bool = Field(
+        default=False,
+        description="Write, for each group, the data, the data with the sources masked, the "
+        "background that was fitted separately, and the data without it. Nothing is written "
+        "where background.fit_gauss_and_bg_separately is false.",
+    )
     fits_output_dir_fitting: Text = Field(
         default="fits/fitting", description="Folder for fits_fitting, in paths.output.dir_root."
     )
@@ -612,10 +621,15 @@ class Visualization(_Section):
     """Pictures of single fits."""
 
     visualize_fitting: bool = Field(
-        default=False, description="Draw data, model and residual of groups."
+        default=False,
+        description="Draw what fits_fitting writes, as images and as surfaces.",
     )
-    visualize_deblended: bool = Field(default=False, description="Draw each deblended source.")
-    visualize_bg_separate: bool = Field(default=False, description="Draw each separate background.")
+    visualize_deblended: bool = Field(
+        default=False, description="Draw what fits_deblended writes, as images and as surfaces."
+    )
+    visualize_bg_separate: bool = Field(
+        default=False, description="Draw what fits_bg_separate writes, as images and as surfaces."
+    )
     output_dir_fitting: Text = Field(
         default="plots/fitting",
         description="Folder for visualize_fitting, in paths.output.dir_root.",
@@ -756,22 +770,12 @@ def _wrong_ellipses(photometry: Photometry, count: int) -> str | None:
 
 # --- What HYPER can do and this version cannot ---------------------------------------------------
 
-_MAPS_WRITTEN = "use the maps of model, residual, background and rms that every run writes"
-_OVERVIEW = "use the overview picture that every run draws"
-
 _UNAVAILABLE = {
     "control.datacube": "run the channels as separate two-dimensional maps",
     "fit_options.weights": "use inverse_rms, snr or null",
     "fit_options.bg_fitters": "use [least_squares]",
-    "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
     "fit_options.verbose": "leave it false: see STATUS, NITER and FLAGS in the catalogue",
     "fit_options.fit_aperture_sigma": "set the fitted pixels with fit_options.window_fwhm",
-    "fits_output.fits_fitting": _MAPS_WRITTEN,
-    "fits_output.fits_deblended": _MAPS_WRITTEN,
-    "fits_output.fits_bg_separate": _MAPS_WRITTEN,
-    "visualization.visualize_fitting": _OVERVIEW,
-    "visualization.visualize_deblended": _OVERVIEW,
-    "visualization.visualize_bg_separate": _OVERVIEW,
 }
 
 SWITCH = {
@@ -780,12 +784,6 @@ SWITCH = {
     "fit_options.spatial_weight_sigma": "fit_options.weights",
     "fit_options.huber_epsilons": "fit_options.bg_fitters",
     "background.pol_orders_bkg_no_sources": "control.datacube",
-    "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
-    "fits_output.fits_output_dir_deblended": "fits_output.fits_deblended",
-    "fits_output.fits_output_dir_bg_separate": "fits_output.fits_bg_separate",
-    "visualization.output_dir_fitting": "visualization.visualize_fitting",
-    "visualization.output_dir_deblended": "visualization.visualize_deblended",
-    "visualization.output_dir_bg_separate": "visualization.visualize_bg_separate",
 }
 """Keys that only say how the option of another key works."""
 

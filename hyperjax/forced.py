@@ -40,7 +40,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Ellipses", "GivenSources", "Placed", "given_sources", "place", "read_sources"]
+__all__ = [
+    "Ellipses",
+    "GivenSources",
+    "Placed",
+    "given_sources",
+    "pixel_axes",
+    "place",
+    "read_sources",
+]
 
 _KEY = "detection.fixed_source_table_path"
 _BEAM_KEYS = ("major_arcsec", "minor_arcsec", "pa_icrs_deg")
@@ -317,7 +325,7 @@ class Placed:
         usable = np.isfinite(fits.x) & np.isfinite(fits.y) & ellipses.usable
         out = np.full((len(fits.x), 3), np.nan)
         jacobian = local_geometry(self.map.wcs, fits.x[usable], fits.y[usable]).jacobian
-        out[usable] = _axes(pixel_covariance(jacobian, *(c[usable] for c in ellipses)))
+        out[usable] = pixel_axes(jacobian, *(column[usable] for column in ellipses))
         return out
 
     def _ellipses_at(self, fits: SourceFits) -> Ellipses | None:
@@ -358,26 +366,29 @@ class Placed:
         blank = ~_on_pixels(self.map, self.x, self.y)
         return np.where(blank, int(FLAGS.OUTSIDE), int(FLAGS.NO_SIZE))[~self.measured]
 
-    def complete(self, catalog: QTable, fits: SourceFits) -> None:
+    def complete(self, catalog: QTable) -> None:
         """Put what was given into the catalogue: IDs, positions off the map, and ellipses.
 
         Parameters
         ----------
         catalog
             That of the n sources, which is changed.
-        fits
-            The sources, in the order of the catalogue.
         """
-        ellipses = self._ellipses_at(fits)
+        ellipses = self.given.ellipses
+        if self.given.position is None:
+            major, minor, pa = (float(column[0]) for column in ellipses or ())
+            catalog.meta["aperture"] = (
+                f"FWHM {major:g} x {minor:g} arcsec, position angle {pa:g} deg in the frame of the "
+                "map, times fwhm_radius_ratio: given, for all sources"
+            )
+            return
         if ellipses is not None:
+            catalog.meta["sizes"] = "given"
             for name, values in zip(("FWHM_1", "FWHM_2", "PA"), ellipses, strict=True):
                 catalog[name][:] = values * catalog[name].unit
                 catalog[f"{name}_ERR"][:] = 0 * catalog[f"{name}_ERR"].unit
-            beam = self.given.beam or (None if self.at_positions else _beam_on(self.map))
-            for key, value in zip(_BEAM_KEYS, beam or (), strict=False):
+            for key, value in zip(_BEAM_KEYS, self.given.beam or (), strict=False):
                 catalog.meta[f"sizes_beam_{key}"] = value
-        if self.given.position is None:
-            return
         off = ~self.measured
         sky = self.given.position[off]
         places = {"RA": sky.ra, "DEC": sky.dec, "GLON": sky.galactic.l, "GLAT": sky.galactic.b}
@@ -434,8 +445,17 @@ def _on_pixels(map: Map, x: Floats, y: Floats) -> NDArray[np.bool_]:
     return np.asarray(inside & np.isfinite(value))
 
 
-def _beam_on(map: Map) -> tuple[float, float, float]:
-    return map.beam.major_arcsec, map.beam.minor_arcsec, map.beam_pa_icrs_deg
+def pixel_axes(jacobian: Floats, major: Floats, minor: Floats, pa: Floats) -> Floats:
+    """Return sigma_major, sigma_minor (pixels), theta (rad) of ellipses on the sky: (m, 3).
+
+    Parameters
+    ----------
+    jacobian
+        (m, 2, 2) of the map there (`hyperjax.maps.LocalGeometry`).
+    major, minor, pa
+        (m,) FWHM (arcsec) and position angle (deg), ICRS.
+    """
+    return _axes(pixel_covariance(jacobian, major, minor, pa))
 
 
 def _at_least(shape: Floats, least: Floats) -> Floats:

@@ -55,6 +55,9 @@ class Fitted(NamedTuple):
 class Modelled(NamedTuple):
     """Fitted sources of a map, the backgrounds under their blocks' windows, and their blocks.
 
+    `joint_orders` (block,) are those of the backgrounds that were fitted with the sources, -1 for
+    none; `separate` is the part of the backgrounds that was fitted before them, if there is one.
+
     The errors are right where pixels weigh as the inverse variance of white noise; else see
     `with_noise`.
     """
@@ -63,6 +66,8 @@ class Modelled(NamedTuple):
     placed: Windows
     backgrounds: Backgrounds
     blocks: list[Fitted]
+    joint_orders: NDArray[np.int_]
+    separate: Backgrounds | None = None
 
 
 class _Start(NamedTuple):
@@ -120,12 +125,14 @@ def model_sources(
             data, rms, placed, turn, tried, start, before, separate, fwhm_pix, config
         )
         before = fits
+    joint = backgrounds.orders
     if separate is not None:
         fits, backgrounds = _with_separate(fits, backgrounds, separate, placed)
     level = level_at(placed, backgrounds, fits.x, fits.y)
     fits = fits._replace(background=level)
     size = np.bincount(group)[group] if len(x) else group
-    return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds, fitted)
+    fits = fits._replace(group=group, group_size=size)
+    return Modelled(fits, placed, backgrounds, fitted, joint, separate)
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -297,10 +304,8 @@ def _weights(
     return np.where(usable, weight, 0.0)
 
 
-def with_noise(
-    modelled: Modelled, rms: NDArray[np.float64], correlation: Correlation
-) -> SourceFits:
-    r"""The sources with the errors that the noise of the map gives them.
+def with_noise(modelled: Modelled, rms: NDArray[np.float64], correlation: Correlation) -> Modelled:
+    r"""The sources and blocks with the errors that the noise of the map gives them.
 
     A fit with the weights W has the covariance
 
@@ -317,7 +322,7 @@ def with_noise(
         Noise of every pixel (ny, nx), Jy/beam, and how that of neighbours is correlated.
     """
     fits, placed = modelled.fits, modelled.placed
-    covariance = fits.covariance.copy()
+    covariance, blocks = fits.covariance.copy(), []
     for which, weight, narrow in modelled.blocks:
         row, slot, source = members_of(placed, which)
         finite, wide = np.nan_to_num(narrow), np.full_like(narrow, np.nan)
@@ -329,7 +334,8 @@ def with_noise(
         wide = np.where(np.isfinite(narrow), wide, np.nan)
         own = 6 * slot[:, None] + np.arange(6)
         covariance[source] = wide[row[:, None, None], own[:, :, None], own[:, None]]
-    return fits._replace(covariance=covariance)
+        blocks.append(Fitted(which, weight, wide))
+    return modelled._replace(fits=fits._replace(covariance=covariance), blocks=blocks)
 
 
 def _columns(

@@ -8,9 +8,10 @@ import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
 
-from hyperjax.background import mosaic, near_sources
+from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
+from hyperjax.covariance import GroupCovariance, group_covariances
 from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError, ConfigError
 from hyperjax.forced import Placed, given_sources, place
@@ -19,7 +20,7 @@ from hyperjax.maps import Map
 from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
-from hyperjax.sources import SourceFits, render_sources
+from hyperjax.sources import SourceFits, near_sources, render_sources
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,12 @@ class Extraction:
         in Jy/beam; the residual is NaN where the map is blank.
     detections : Detections
         The peaks that the fits started from, in the catalogue's order.
+    fits : SourceFits
+        The sources in pixels and Jy/beam, in the catalogue's order.
+    separate : ndarray (ny, nx) or None
+        The part of the background that was fitted before the sources, where there is one.
+    covariances : list of GroupCovariance or None
+        Of the parameters of each group, where `fit_options.calc_covar` asks for them.
     seconds : dict of str to float
         Wall-clock time of each step.
     """
@@ -58,6 +65,9 @@ class Extraction:
     rms: NDArray[np.float64]
     detections: Detections
     seconds: dict[str, float]
+    fits: SourceFits
+    separate: NDArray[np.float64] | None = None
+    covariances: list[GroupCovariance] | None = None
 
     def __repr__(self) -> str:
         """One line."""
@@ -106,15 +116,19 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         fits = modelled.fits
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
-        background = map.data - model - high_pass(map.data - model, size)
+        smooth = background = map.data - model - high_pass(map.data - model, size)
+        separate = None
         if modelled is not None:
-            background = mosaic(modelled.placed, modelled.backgrounds, fits, background)
+            background = mosaic(modelled.placed, modelled.backgrounds, fits, smooth)
+            if modelled.separate is not None:
+                separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
         residual = map.data - background - model
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual, fits, config)
         loss = config.fit_options.loss
         if modelled is not None and loss == "linear":
-            fits = with_noise(modelled, _noise_map(map, rms), correlation)
+            modelled = with_noise(modelled, _noise_map(map, rms), correlation)
+            fits = modelled.fits
         elif modelled is not None and not correlation.is_white:
             logger.warning(
                 "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
@@ -143,7 +157,12 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             shoulder_threshold=config.detection.shoulder_threshold,
         )
         if placed is not None:
-            placed.complete(catalog, fits.take(order))
+            placed.complete(catalog)
+        covariances = None
+        if config.fit_options.calc_covar and modelled is not None:
+            rows = np.flatnonzero(placed.measured) if placed and placed.at_positions else None
+            covariances = group_covariances(modelled, np.argsort(order) if rows is None else rows)
+        catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
         catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
         catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
@@ -153,7 +172,20 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     )
     logger.info("%s: noise %.4g Jy/beam, %s, %s (%s)", map.name, rms, width, sources, took)
     noise = _noise_map(map, rms)
-    return Extraction(map, config, catalog, model, background, residual, noise, found, seconds)
+    return Extraction(
+        map=map,
+        config=config,
+        catalog=catalog,
+        model=model,
+        background=background,
+        residual=residual,
+        rms=noise,
+        detections=found,
+        seconds=seconds,
+        fits=fits.take(order),
+        separate=separate,
+        covariances=covariances,
+    )
 
 
 def _modelled(

@@ -38,6 +38,7 @@ from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
+from hyperjax.singles import write_singles
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -429,8 +430,10 @@ def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
     steps.update(extraction.seconds)
     if len(extraction.catalog) == 0:
         logger.warning("%s", _why_empty(extraction))
+    with timed(steps, "single fits", task.name):
+        singles = write_singles(extraction, task.layout.root, task.cores or usable_cores())
     with timed(steps, "write", task.name):
-        files = tuple(write_extraction(extraction, task.layout))
+        files = (*write_extraction(extraction, task.layout), *singles)
     rms = float(np.nanmedian(extraction.rms))
     return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
 

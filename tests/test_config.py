@@ -578,22 +578,9 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "fit_options.spatial_weight_sigma": 2,
     "fit_options.bg_fitters": ["least_squares", "huber"],
     "fit_options.huber_epsilons": [1.2],
-    "fit_options.calc_covar": True,
     "fit_options.verbose": True,
     "fit_options.fit_aperture_sigma": 2.0,
     "background.pol_orders_bkg_no_sources": [2],
-    "fits_output.fits_fitting": True,
-    "fits_output.fits_deblended": True,
-    "fits_output.fits_bg_separate": True,
-    "fits_output.fits_output_dir_fitting": "f",
-    "fits_output.fits_output_dir_deblended": "f",
-    "fits_output.fits_output_dir_bg_separate": "f",
-    "visualization.visualize_fitting": True,
-    "visualization.visualize_deblended": True,
-    "visualization.visualize_bg_separate": True,
-    "visualization.output_dir_fitting": "p",
-    "visualization.output_dir_deblended": "p",
-    "visualization.output_dir_bg_separate": "p",
 }
 
 
