@@ -25,15 +25,12 @@ from hyperjax.groups import (
     windows,
     within_reach,
 )
-from hyperjax.maps import FWHM_PER_SIGMA
-from hyperjax.sources import SourceFits
+from hyperjax.sources import SourceFits, source_mask
 from hyperjax.theilsen import theil_sen
 
 logger = logging.getLogger(__name__)
 
 MAX_ORDER = 4
-_MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
-_MASK_SIZE = 1.5  # of the beam: sizes are not known yet
 _LEAST_COMMON = 2.0  # margin of the common pixels, beam FWHM: beyond the mask of the source
 _CLIP_ROUNDS = 3
 _CLIP_SIGMA = 3.0
@@ -161,8 +158,7 @@ def separate_backgrounds(
     those that stand out of the candidate of the highest order in the largest box.
     """
     options, method = config.background, config.fit_options.min_method
-    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
-    image = np.where(near_sources(data.shape, x, y, radius), np.nan, data)
+    image = np.where(source_mask(data.shape, x, y, fwhm_pix), np.nan, data)
     margins = _margins(options.fix_min_box, options.fix_max_box)
     boxes = windows(placed.members, x, y, max(*margins, 1.0) * fwhm_pix)
     common = boxes._replace(margin=max(options.fix_min_box, _LEAST_COMMON) * fwhm_pix)
@@ -437,18 +433,3 @@ def _goodness(
     if method == "redchi":
         return chi2 / (n - terms)
     return n * np.log(max(chi2, np.finfo(float).tiny) / n) + terms * np.log(n)
-
-
-def near_sources(
-    shape: tuple[int, int], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
-) -> NDArray[np.bool_]:
-    """Pixels (ny, nx) that are closer to a source than a radius."""
-    reach = int(np.ceil(radius))
-    grid = np.arange(-reach, reach + 1)
-    out = np.zeros(shape, bool)
-    for column, row in zip(x, y, strict=True):
-        x0, y0 = round(float(column)), round(float(row))
-        near = (grid + x0 - column) ** 2 + (grid[:, None] + y0 - row) ** 2 <= radius**2
-        here, there = overlap(x0 - reach, y0 - reach, len(grid), shape)
-        out[there] |= near[here]
-    return out

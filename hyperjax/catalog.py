@@ -68,7 +68,10 @@ class FLAGS(IntFlag):
     NO_DATA = 2048, "no valid pixel in the aperture"
     ELONGATED = 4096, "axis ratio above 3: may be several sources, or a filament"
     NEGATIVE_FLUX = 8192, "the aperture flux is negative"
-    NOT_FITTED = 16384, "detected only: no fit was asked for"
+    NOT_FITTED = 16384, "not fitted: detected only, or given but not measured"
+    FORCED = 32768, "measured at a position that was given, not detected"
+    OUTSIDE = 65536, "the given position is outside the image or in blank pixels: not measured"
+    NO_SIZE = 131072, "no size was given where sizes are: not measured"
 
 
 class Column(NamedTuple):
@@ -85,7 +88,12 @@ _ERR = "1-sigma uncertainty of"
 
 COLUMNS: tuple[Column, ...] = (
     Column("MAP_ID", str, None, "Name of the map"),
-    Column("HYPER_ID", int, None, "Number of the source in its map, by decreasing S/N, from 1"),
+    Column(
+        "HYPER_ID",
+        int,
+        None,
+        "Number of the source in its map, by decreasing S/N, from 1; the ID of a given source",
+    ),
     Column("FLUX_PEAK", float, _JY_BEAM, "Peak of the fitted Gaussian"),
     Column("FLUX_PEAK_ERR", float, _JY_BEAM, f"{_ERR} FLUX_PEAK"),
     Column(
@@ -116,9 +124,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("NMSE", float, None, "Normalised mean squared error of the group's fit"),
     Column("CHI2_RED", float, None, "Reduced chi-square of the group's fit"),
     Column("BIC", float, None, "Bayesian information criterion of the group's fit"),
-    Column("FWHM_1", float, u.arcsec, "Major FWHM of the fitted Gaussian, beam included"),
+    Column(
+        "FWHM_1",
+        float,
+        u.arcsec,
+        "Major FWHM of the fitted Gaussian, beam included; that of a given ellipse",
+    ),
     Column("FWHM_1_ERR", float, u.arcsec, f"{_ERR} FWHM_1"),
-    Column("FWHM_2", float, u.arcsec, "Minor FWHM of the fitted Gaussian, beam included"),
+    Column("FWHM_2", float, u.arcsec, "Minor FWHM, as FWHM_1"),
     Column("FWHM_2_ERR", float, u.arcsec, f"{_ERR} FWHM_2"),
     Column("PA", float, u.deg, "Position angle of the major axis, East of North (ICRS), 0 to 180"),
     Column(
@@ -138,6 +151,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("Y_PIX", float, u.pix, "Row of the image, 0 at the centre of the first pixel"),
     Column("DEBLEND", int, None, "1 if fitted together with other sources, else 0"),
     Column("CLUSTER", int, None, "Number of sources in the group"),
+    Column("GROUP", int, None, "Number of the group of sources that were fitted together, from 1"),
     Column("SHOULDER_SCORE", float, None, "Asymmetry of the surroundings, relative to the peak"),
     Column(
         "SNR",
@@ -324,8 +338,17 @@ def _fit_quality(fits: SourceFits) -> dict[str, NDArray[Any]]:
         "STATUS": fits.status,
         "DEBLEND": fits.group_size > 1,
         "CLUSTER": fits.group_size,
+        "GROUP": _numbered(fits.group),
         "NITER": fits.niter,
     }
+
+
+def _numbered(group: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Number groups from 1 in the order in which they come; 0 for none (-1)."""
+    labels, first = np.unique(group[group >= 0], return_index=True)
+    rank = np.zeros(int(np.max(labels, initial=-1)) + 2, int)
+    rank[labels[np.argsort(first)]] = np.arange(1, len(labels) + 1)
+    return np.asarray(rank[group])
 
 
 def _positions(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[np.float64]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hyperjax.errors import ConfigError, HyperjaxError, OutputError
+from hyperjax.errors import ConfigError, HyperjaxError, MissingFileError, OutputError
 from hyperjax.logs import attached, counted
 
 if TYPE_CHECKING:
@@ -224,6 +224,18 @@ def run(
             "450, 850 um. Default: 15, the header's.",
         ),
     ] = None,
+    sources: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Measure these sources and detect none: a table with ID, RA, DEC, FWHM_1, FWHM_2, "
+            "PA (IPAC, ECSV, CSV), or a catalogue of another map.",
+        ),
+    ] = None,
+    fit_sizes: Annotated[
+        bool,
+        typer.Option("--fit-sizes", help="With --sources: take the positions only, fit the sizes."),
+    ] = False,
     detection_only: Annotated[
         bool, typer.Option("--detection-only", help="Detect the sources, but do not fit them.")
     ] = False,
@@ -244,6 +256,10 @@ def run(
 
         hyperjax run *.fits -c hyper_config.yaml --jobs 2
 
+    The sources of one map in the apertures of another (forced photometry):
+
+        hyperjax run band2.fits --sources out/params/params_band1.ecsv
+
     Maps, folders and everything else from a configuration:
 
         hyperjax run hyper_config.yaml
@@ -263,6 +279,10 @@ def run(
         "survey.beam_fwhm_arcsec": beam,
         "survey.survey_code": survey_code,
         "files.hdu": hdu,
+        "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
+        "detection.use_fixed_source_table": True if sources else None,
+        "detection.fixed_peaks": True if sources else None,
+        "photometry.fixed_radius": False if fit_sizes else True if sources else None,
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
@@ -408,6 +428,78 @@ def _print_failures(result: "SurveyResult", debug: bool) -> None:
             typer.echo(outcome.traceback, err=True)
         log = f" (log: {_short(outcome.log)})" if outcome.log else ""
         _print_error(f"{outcome.error}{log}")
+
+
+# --- plot ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER|CONFIG.yaml",
+            help="The output folder of a finished run, or its configuration.",
+            show_default=False,
+        ),
+    ],
+    ids: Annotated[
+        str,
+        typer.Option("--id", metavar="3,7", help="HYPER_IDs of the sources. Default: all."),
+    ] = "",
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--map", metavar="NAME", help="Only this map (may be repeated)."),
+    ] = None,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            metavar="KIND",
+            help="What to draw, separated by commas: fitting (groups), deblended (sources), "
+            "bg_separate (separate backgrounds).",
+        ),
+    ] = "fitting,deblended",
+    debug: Debug = False,
+) -> None:
+    """Draw single fits of a finished run again, from what it wrote.
+
+    The groups of sources 3 and 7, and these sources without their neighbours:
+
+        hyperjax plot results --id 3,7
+    """
+    with _errors_in_one_line(debug):
+        from hyperjax.config import Config
+        from hyperjax.config_io import load_config
+        from hyperjax.products import Layout
+        from hyperjax.singles import draw_again, finished_maps
+        from hyperjax.survey import output_folder
+
+        is_config = results.suffix.lower() in (".yaml", ".yml")
+        config = load_config(results) if is_config else Config()
+        layout = Layout.from_config(config, output_folder(config) if is_config else results)
+        maps = names or finished_maps(layout)
+        if not maps:
+            raise MissingFileError(f"{layout.images}: no finished map there")
+        for path in draw_again(layout, config, maps, _numbers(ids), _kinds(kinds)):
+            typer.echo(_short(path.absolute()))
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        raise ConfigError(f"--id {text}: must be whole numbers, separated by commas") from None
+
+
+def _kinds(text: str) -> list[str]:
+    from hyperjax.cutouts import KINDS
+
+    kinds = [kind.strip() for kind in text.split(",")]
+    if not set(kinds) <= set(KINDS):
+        raise ConfigError(f"--kind {text}: must be some of {', '.join(KINDS)}")
+    return kinds
 
 
 # --- init ----------------------------------------------------------------------------------------

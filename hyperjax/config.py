@@ -297,13 +297,19 @@ class Detection(_Section):
     )
     use_fixed_source_table: bool = Field(
         default=False,
-        description="Take the sources from a table (ID, RA, DEC, FWHM_1, FWHM_2, PA).",
+        description="Take what fixed_peaks and photometry.fixed_radius give from a table with the "
+        "columns ID, RA, DEC (ICRS) and FWHM_1, FWHM_2 [arcsec], PA [deg]: IPAC, ECSV or CSV. A "
+        "catalogue that hyperjax wrote is one.",
     )
     fixed_source_table_path: Text | None = Field(
-        default=None, description="The IPAC table of sources where use_fixed_source_table is true."
+        default=None,
+        description="The table of sources where use_fixed_source_table is true, relative to the "
+        "folder of this file.",
     )
     fixed_peaks: bool = Field(
-        default=False, description="Measure at given positions; detect nothing."
+        default=False,
+        description="Measure at given positions and detect nothing: forced photometry. One row "
+        "for each position, in the order given; those outside the map are flagged.",
     )
     xcen_fix: Some[Longitude] | None = Field(
         default=None,
@@ -357,18 +363,24 @@ class Photometry(_Section):
         default=0.5, description="Semi-axes of the elliptical aperture [fitted FWHM]."
     )
     fixed_radius: bool = Field(
-        default=False, description="Use the apertures fwhm_1, fwhm_2, PA_val, not the fitted ones."
+        default=False,
+        description="Use the ellipses fwhm_1, fwhm_2, PA_val for the apertures (their semi-axes "
+        "are these times fwhm_radius_ratio), not the fitted ones. At given positions "
+        "(detection.fixed_peaks) the sizes of the sources are not fitted either.",
     )
     fwhm_1: Some[NotNegative] | None = Field(
         default=None,
-        description="Major FWHM of the given apertures: one, or one per source [arcsec].",
+        description="Major FWHM of the given ellipses: one, or one per given position [arcsec].",
     )
     fwhm_2: Some[NotNegative] | None = Field(
         default=None,
-        description="Minor FWHM of the given apertures: one, or one per source [arcsec].",
+        description="Minor FWHM of the given ellipses: one, or one per given position; null means "
+        "fwhm_1 [arcsec].",
     )
     PA_val: Some[Longitude] | None = Field(
-        default=None, description="Position angle of the given apertures, East of North [deg]."
+        default=None,
+        description="Position angle of the given ellipses in the frame of the map, East of North: "
+        "one, or one per given position; null means 0 [deg].",
     )
 
     @model_validator(mode="after")
@@ -435,8 +447,8 @@ class FitOptions(_Section):
     )
     calc_covar: bool = Field(
         default=False,
-        description="HYPER's switch for the covariance of the parameters, which is always "
-        "computed here.",
+        description="Write the covariance of all parameters of each group, as a FITS table in the "
+        "folder fits; the errors in the catalogue need no switch.",
     )
     min_method: Annotated[
         Literal["nmse", "redchi", "bic"],
@@ -463,8 +475,13 @@ class FitOptions(_Section):
         description="Strength of the penalty of use_l2_regularization [dimensionless].",
     )
     vary: Annotated[
-        bool, Differs(False, "the peaks of the detection are pinned to a pixel, the sources not")
-    ] = Field(default=True, description="Fit the positions too, within position_range_fwhm.")
+        bool | None,
+        Differs(False, "the peaks of the detection are pinned to a pixel, the sources not"),
+    ] = Field(
+        default=None,
+        description="Fit the positions too, within position_range_fwhm; null fits those of "
+        "detected sources, but not given ones (detection.fixed_peaks).",
+    )
     position_range_fwhm: Positive = Field(
         default=0.5,
         description="How far a fitted position may move, along each axis, but 1 pixel at least "
@@ -584,15 +601,24 @@ class Noise(_Section):
 
 
 class FitsOutput(_Section):
-    """FITS files of single fits."""
+    """FITS files of single fits, in Jy/beam or mJy/beam (units.convert_mJy)."""
 
     fits_fitting: bool = Field(
-        default=False, description="Write data, model and residual of each group."
+        default=False,
+        description="Write, for each group, the data, the pixels that were fitted, the model and "
+        "the residual.",
     )
     fits_deblended: bool = Field(
-        default=False, description="Write the map of each deblended source."
+        default=False,
+        description="Write, for each source, the data, the map without background and other "
+        "sources, the model of the source and the residual.",
     )
-    fits_bg_separate: bool = Field(default=False, description="Write each separate background.")
+    fits_bg_separate: bool = Field(
+        default=False,
+        description="Write, for each group, the data, the data with the sources masked, the "
+        "background that was fitted separately, and the data without it. Nothing is written "
+        "where background.fit_gauss_and_bg_separately is false.",
+    )
     fits_output_dir_fitting: Text = Field(
         default="fits/fitting", description="Folder for fits_fitting, in paths.output.dir_root."
     )
@@ -609,10 +635,15 @@ class Visualization(_Section):
     """Pictures of single fits."""
 
     visualize_fitting: bool = Field(
-        default=False, description="Draw data, model and residual of groups."
+        default=False,
+        description="Draw what fits_fitting writes, as images and as surfaces.",
     )
-    visualize_deblended: bool = Field(default=False, description="Draw each deblended source.")
-    visualize_bg_separate: bool = Field(default=False, description="Draw each separate background.")
+    visualize_deblended: bool = Field(
+        default=False, description="Draw what fits_deblended writes, as images and as surfaces."
+    )
+    visualize_bg_separate: bool = Field(
+        default=False, description="Draw what fits_bg_separate writes, as images and as surfaces."
+    )
     output_dir_fitting: Text = Field(
         default="plots/fitting",
         description="Folder for visualize_fitting, in paths.output.dir_root.",
@@ -664,6 +695,19 @@ class Config(_Section):
         """Make a path of the configuration absolute; ``~`` is the user's home."""
         return self.base_dir / expand_home(path)
 
+    @property
+    def positions_vary(self) -> bool:
+        """Whether positions are fitted: as `fit_options.vary` says, else unless they are given."""
+        vary = self.fit_options.vary
+        return not self.detection.fixed_peaks if vary is None else vary
+
+    @model_validator(mode="after")
+    def _given_sources_are_there(self) -> "Config":
+        problem = _missing_of_given_sources(self.detection, self.photometry)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
     @model_validator(mode="after")
     def _only_what_there_is(self) -> "Config":
         for key, why in NOT_YET.items():
@@ -673,42 +717,72 @@ class Config(_Section):
         return self
 
 
-# --- What HYPER can do and this version cannot ---------------------------------------------------
+# --- Sources that are given ----------------------------------------------------------------------
 
-_DETECTED = "sources are detected on each map"
-_FITTED = "apertures follow the fitted ellipses, scaled by photometry.fwhm_radius_ratio"
-_MAPS_WRITTEN = "use the maps of model, residual, background and rms that every run writes"
-_OVERVIEW = "use the overview picture that every run draws"
+
+def _missing_of_given_sources(detection: Detection, photometry: Photometry) -> str | None:
+    """What fixed peaks and radii lack, or what of them contradicts the rest; None if all is well.
+
+    What a table of sources lacks is found where it is read (`hyperjax.forced`).
+    """
+    if detection.use_fixed_source_table:
+        return _missing_of_table(detection, photometry)
+    if detection.fixed_peaks:
+        counts = [len(detection.xcen_fix or ()), len(detection.ycen_fix or ())]
+        if 0 in counts or counts[0] != counts[1]:
+            return (
+                f"detection.fixed_peaks = True: detection.xcen_fix has {counts[0]} values and "
+                f"ycen_fix {counts[1]}; give as many of one as of the other [deg], or a table "
+                "(detection.use_fixed_source_table)"
+            )
+    if not photometry.fixed_radius:
+        return None
+    count = len(detection.xcen_fix or ()) if detection.fixed_peaks else 1
+    return _wrong_ellipses(photometry, count)
+
+
+def _missing_of_table(detection: Detection, photometry: Photometry) -> str | None:
+    if detection.fixed_source_table_path is None:
+        return (
+            "detection.fixed_source_table_path = null: must be the path of a table where "
+            "detection.use_fixed_source_table is true"
+        )
+    if not detection.fixed_peaks:
+        alone = "without it nothing is taken from the table"
+        ellipses = "the ellipses of a table belong to its positions"
+        return (
+            "detection.fixed_peaks = False: must be true where detection.use_fixed_source_table "
+            f"is; {ellipses if photometry.fixed_radius else alone}"
+        )
+    return None
+
+
+def _wrong_ellipses(photometry: Photometry, count: int) -> str | None:
+    """What is wrong with given ellipses for some positions (1 where sources are detected)."""
+    if photometry.fwhm_1 is None:
+        return (
+            "photometry.fwhm_1 = null: must be a list of FWHM > 0 [arcsec] where "
+            "photometry.fixed_radius is true"
+        )
+    for name in ("fwhm_1", "fwhm_2", "PA_val"):
+        values = getattr(photometry, name) or (1.0,)
+        if name != "PA_val" and min(values) <= 0:
+            return f"photometry.{name} = {shown(values)}: must be > 0 [arcsec]"
+        if len(values) not in (1, count):
+            allowed = f"1 value, or {count}: one for each position" if count > 1 else "1 value"
+            return f"photometry.{name}: has {len(values)} values; must have {allowed}"
+    return None
+
+
+# --- What HYPER can do and this version cannot ---------------------------------------------------
 
 _UNAVAILABLE = {
     "control.datacube": "run the channels as separate two-dimensional maps",
-    "detection.use_fixed_source_table": _DETECTED,
-    "detection.fixed_peaks": _DETECTED,
-    "photometry.fixed_radius": _FITTED,
-    "fit_options.calc_covar": "leave it false: errors are in the catalogue in any case",
-    "fits_output.fits_fitting": _MAPS_WRITTEN,
-    "fits_output.fits_deblended": _MAPS_WRITTEN,
-    "fits_output.fits_bg_separate": _MAPS_WRITTEN,
-    "visualization.visualize_fitting": _OVERVIEW,
-    "visualization.visualize_deblended": _OVERVIEW,
-    "visualization.visualize_bg_separate": _OVERVIEW,
 }
 
 SWITCH = {
     "control.dir_datacube_slices": "control.datacube",
-    "detection.fixed_source_table_path": "detection.use_fixed_source_table",
-    "detection.xcen_fix": "detection.fixed_peaks",
-    "detection.ycen_fix": "detection.fixed_peaks",
-    "photometry.fwhm_1": "photometry.fixed_radius",
-    "photometry.fwhm_2": "photometry.fixed_radius",
-    "photometry.PA_val": "photometry.fixed_radius",
     "background.pol_orders_bkg_no_sources": "control.datacube",
-    "fits_output.fits_output_dir_fitting": "fits_output.fits_fitting",
-    "fits_output.fits_output_dir_deblended": "fits_output.fits_deblended",
-    "fits_output.fits_output_dir_bg_separate": "fits_output.fits_bg_separate",
-    "visualization.output_dir_fitting": "visualization.visualize_fitting",
-    "visualization.output_dir_deblended": "visualization.visualize_deblended",
-    "visualization.output_dir_bg_separate": "visualization.visualize_bg_separate",
 }
 """Keys that only say how the option of another key works."""
 

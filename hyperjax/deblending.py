@@ -152,7 +152,7 @@ def _alternatives(
                 yield _Alternative(block, rest, -needed)
         if room:
             for new in np.flatnonzero(np.isin(nearest, members)):
-                added = _in_window(peaks, new, field, noise, placed, block)
+                added = _in_window(peaks, int(new), field, noise, placed, block)
                 yield _Alternative(block, np.vstack([own, added]), needed)
 
 
@@ -219,7 +219,7 @@ def _tried(
 
 
 def _are_sources(result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:
-    """Whether a fit (group,) converged, and the total flux of each of its sources is significant."""
+    """Whether a fit (group,) converged to sources whose total fluxes are all significant."""
     slot = np.arange(len(row)) - np.searchsorted(row, row)
     own = _PARAMETERS * slot[:, None] + np.arange(_PARAMETERS)
     covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]

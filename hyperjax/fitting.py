@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_shares
 from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, Scale, monomials
-from hyperjax.spectral import SpectralGroup
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -26,6 +25,7 @@ from hyperjax.solver import (
     Solution,
     Tolerances,
 )
+from hyperjax.spectral import SpectralGroup
 
 __all__ = [
     "CONVERGED",

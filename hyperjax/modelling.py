@@ -56,6 +56,9 @@ class Fitted(NamedTuple):
 class Modelled(NamedTuple):
     """Fitted sources of a map, the backgrounds under their blocks' windows, and their blocks.
 
+    `joint_orders` (block,) are those of the backgrounds that were fitted with the sources, -1 for
+    none; `separate` is the part of the backgrounds that was fitted before them, if there is one.
+
     The errors are right where pixels weigh as the inverse variance of white noise; else see
     `with_noise`.
     """
@@ -64,6 +67,8 @@ class Modelled(NamedTuple):
     placed: Windows
     backgrounds: Backgrounds
     blocks: list[Fitted]
+    joint_orders: NDArray[np.int_]
+    separate: Backgrounds | None = None
 
 
 class _Start(NamedTuple):
@@ -82,6 +87,7 @@ def model_sources(
     fwhm_pix: float,
     config: Config,
     known: SourceFits | None = None,
+    shapes: NDArray[np.float64] | None = None,
 ) -> Modelled:
     """Fit every detected source of a map together with the background under it.
 
@@ -99,12 +105,14 @@ def model_sources(
         Fits, from an earlier call, of the first of the sources `found`. Without them there is one
         quick sweep, with neighbours masked and the highest order of the background alone, else
         `fit_options.sweeps`, with neighbours subtracted. The last of these compares the orders.
+    shapes
+        (n, 3) sigma_major, sigma_minor, theta (pixel, rad) that are held; fitted if None.
     """
     options = config.fit_options
     x, y = found.x, found.y
     group = link(x, y, options.group_distance_fwhm * fwhm_pix)
     placed = windows(blocks(group, x, y), x, y, options.window_fwhm * fwhm_pix)
-    start = _first_guess(data, found, fwhm_pix, config)
+    start = _first_guess(data, found, fwhm_pix, config, shapes)
     separate = None
     if config.background.fit_gauss_and_bg_separately:
         remainder = data if known is None else data - render_sources(data.shape, known)
@@ -118,12 +126,14 @@ def model_sources(
             data, rms, placed, turn, tried, start, before, separate, fwhm_pix, config
         )
         before = fits
+    joint = backgrounds.orders
     if separate is not None:
         fits, backgrounds = _with_separate(fits, backgrounds, separate, placed)
     level = level_at(placed, backgrounds, fits.x, fits.y)
     fits = fits._replace(background=level)
     size = np.bincount(group)[group] if len(x) else group
-    return Modelled(fits._replace(group=group, group_size=size), placed, backgrounds, fitted)
+    fits = fits._replace(group=group, group_size=size)
+    return Modelled(fits, placed, backgrounds, fitted, joint, separate)
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -136,7 +146,11 @@ def _with_new(known: SourceFits, start: _Start) -> SourceFits:
 
 
 def _first_guess(
-    data: NDArray[np.float64], found: Detections, fwhm_pix: float, config: Config
+    data: NDArray[np.float64],
+    found: Detections,
+    fwhm_pix: float,
+    config: Config,
+    shapes: NDArray[np.float64] | None,
 ) -> _Start:
     """Start values and bounds from the detections and the beam."""
     options, sizes = config.fit_options, config.photometry
@@ -149,8 +163,12 @@ def _first_guess(
     size = np.full(n, np.clip(_START_SIZE * sigma, low, high))
     start = np.column_stack([found.peak, found.x, found.y, size, size, np.zeros(n)])
     ones = np.ones(n)
+    lowest = 0 * found.peak
+    if config.detection.fixed_peaks:  # noise has either sign
+        highest = np.full(n, _PEAK_HEADROOM * np.nanmax(np.abs(data)))
+        lowest = -highest
     lower = np.column_stack(
-        [0 * found.peak, found.x - shift, found.y - shift, low * ones, low * ones, 0 * ones]
+        [lowest, found.x - shift, found.y - shift, low * ones, low * ones, 0 * ones]
     )
     upper = np.column_stack(
         [
@@ -163,7 +181,9 @@ def _first_guess(
         ]
     )
     free = np.ones((n, 6), bool)
-    free[:, 1:3] = options.vary
+    free[:, 1:3] = config.positions_vary
+    if shapes is not None:
+        start[:, 3:], free[:, 3:] = shapes, False
     return _Start(start, lower, upper, free)
 
 
@@ -282,10 +302,8 @@ def _reach(placed: Windows, fwhm_pix: float, config: Config) -> float:
     return min(placed.margin, circle)
 
 
-def with_noise(
-    modelled: Modelled, rms: NDArray[np.float64], correlation: Correlation
-) -> SourceFits:
-    r"""The sources with the errors that the noise of the map gives them.
+def with_noise(modelled: Modelled, rms: NDArray[np.float64], correlation: Correlation) -> Modelled:
+    r"""The sources and blocks with the errors that the noise of the map gives them.
 
     A fit with the weights W has the covariance
 
@@ -302,7 +320,7 @@ def with_noise(
         Noise of every pixel (ny, nx), Jy/beam, and how that of neighbours is correlated.
     """
     fits, placed = modelled.fits, modelled.placed
-    covariance = fits.covariance.copy()
+    covariance, blocks = fits.covariance.copy(), []
     for which, weight, narrow in modelled.blocks:
         row, slot, source = members_of(placed, which)
         finite, wide = np.nan_to_num(narrow), np.full_like(narrow, np.nan)
@@ -314,7 +332,8 @@ def with_noise(
         wide = np.where(np.isfinite(narrow), wide, np.nan)
         own = 6 * slot[:, None] + np.arange(6)
         covariance[source] = wide[row[:, None, None], own[:, :, None], own[:, None]]
-    return fits._replace(covariance=covariance)
+        blocks.append(Fitted(which, weight, wide))
+    return modelled._replace(fits=fits._replace(covariance=covariance), blocks=blocks)
 
 
 def _columns(
@@ -435,7 +454,7 @@ def _second_try(
     some = GroupBatch(*(leaf[failed] for leaf in batch))
     middle, half = (some.lower + some.upper) / 2, (some.upper - some.lower) / 2
     lower, upper = middle - _WIDER * half, middle + _WIDER * half
-    lower[..., 0] = 0
+    lower[..., 0] = np.minimum(some.lower[..., 0], 0)
     lower[..., 3:5] = some.lower[..., 3:5] / _WIDER
     upper[..., 3:5] = some.upper[..., 3:5] * _WIDER
     tried = _fitted(some._replace(lower=lower, upper=upper), config)

@@ -1,8 +1,8 @@
 """Fluxes of fitted sources: in elliptical apertures, corrected to the total, and of the model.
 
-The aperture of a source is the ellipse whose semi-axes are its fitted FWHMs times
-``fwhm_radius_ratio`` = k. It is summed on the map from which the background and every *other*
-source were subtracted, which is the residual map plus the source's own Gaussian. For a
+The aperture of a source is the ellipse whose semi-axes are its fitted FWHMs, or those that are
+given, times ``fwhm_radius_ratio`` = k. It is summed on the map from which the background and every
+*other* source were subtracted, which is the residual map plus the source's own Gaussian. For a
 well-sampled Gaussian it encloses the fraction ``1 - 2**(-4 k**2)`` of the total.
 
 All values are in the pixel system of the fit: surface brightness in Jy/beam, sums over pixels in
@@ -95,6 +95,7 @@ def aperture_photometry(
     rms: ArrayLike,
     ratio: float,
     correlation: Correlation | None = None,
+    shapes: NDArray[np.float64] | None = None,
 ) -> Apertures:
     r"""Measure each source in its elliptical aperture on the map without background and companions.
 
@@ -114,6 +115,9 @@ def aperture_photometry(
         Semi-axes of the aperture in units of the fitted FWHMs (``fwhm_radius_ratio``).
     correlation
         Of the noise from pixel to pixel; none unless given.
+    shapes
+        (n, 3) sigma_major, sigma_minor, theta of the ellipses that stand in place of the fitted
+        ones for the apertures.
 
     Notes
     -----
@@ -139,11 +143,13 @@ def aperture_photometry(
     """
     noise = np.broadcast_to(np.asarray(rms, dtype=float), residual.shape)
     sums = [
-        _sum_aperture(residual, noise, peak, ellipse, ratio, correlation or Correlation.white())
+        _sum_aperture(
+            residual, noise, peak, ellipse, drawn, ratio, correlation or Correlation.white()
+        )
         if drawable
         else _UNDRAWABLE
-        for drawable, peak, ellipse in zip(
-            fits.is_drawable, fits.peak, _ellipses(fits), strict=True
+        for drawable, peak, ellipse, drawn in zip(
+            fits.is_drawable, fits.peak, _ellipses(fits), _ellipses(fits, shapes), strict=True
         )
     ]
     return _photometry_from_sums(fits, *_stack(sums))
@@ -192,15 +198,16 @@ def _sum_aperture(
     noise: NDArray[np.float64],
     peak: float,
     ellipse: _Ellipse,
+    drawn: _Ellipse,
     ratio: float,
     correlation: Correlation,
 ) -> _Sums:
-    """Sum residual, noise variance and the model's gradient over one source's aperture."""
+    """Sum residual, noise variance and the gradient of a source over the aperture `drawn`."""
     mask = EllipticalAperture(
-        (ellipse.x, ellipse.y),
-        a=ratio * FWHM_PER_SIGMA * ellipse.sigma_major,
-        b=ratio * FWHM_PER_SIGMA * ellipse.sigma_minor,
-        theta=ellipse.theta,
+        (drawn.x, drawn.y),
+        a=ratio * FWHM_PER_SIGMA * drawn.sigma_major,
+        b=ratio * FWHM_PER_SIGMA * drawn.sigma_minor,
+        theta=drawn.theta,
     ).to_mask(method="exact")
     usable = np.zeros(mask.shape, dtype=bool)
     on_map, on_mask = mask.get_overlap_slices(residual.shape)
@@ -231,9 +238,11 @@ def _stack(sums: list[_Sums]) -> tuple[NDArray[np.float64], ...]:
     return residual, gradient, *others.T
 
 
-def _ellipses(fits: SourceFits) -> list[_Ellipse]:
-    columns = (fits.x, fits.y, fits.sigma_major, fits.sigma_minor, fits.theta)
-    return [_Ellipse(*row) for row in np.column_stack(columns).tolist()]
+def _ellipses(fits: SourceFits, shapes: NDArray[np.float64] | None = None) -> list[_Ellipse]:
+    """The fitted ellipses, or others round the same centres."""
+    if shapes is None:
+        shapes = np.column_stack([fits.sigma_major, fits.sigma_minor, fits.theta])
+    return [_Ellipse(*row) for row in np.column_stack([fits.x, fits.y, shapes]).tolist()]
 
 
 def _flux_gradient(fits: SourceFits) -> NDArray[np.float64]:

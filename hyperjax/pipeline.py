@@ -8,18 +8,20 @@ import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
 
-from hyperjax.background import mosaic, near_sources
+from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
+from hyperjax.covariance import GroupCovariance, group_covariances
 from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
 from hyperjax.errors import BlankMapError, ConfigError
+from hyperjax.forced import Placed, given_sources, place
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
 from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
 from hyperjax.report import fit_lines
-from hyperjax.sources import SourceFits, render_sources
+from hyperjax.sources import SourceFits, near_sources, render_sources
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,12 @@ class Extraction:
         in Jy/beam; the residual is NaN where the map is blank.
     detections : Detections
         The peaks that the fits started from, in the catalogue's order.
+    fits : SourceFits
+        The sources in pixels and Jy/beam, in the catalogue's order.
+    separate : ndarray (ny, nx) or None
+        The part of the background that was fitted before the sources, where there is one.
+    covariances : list of GroupCovariance or None
+        Of the parameters of each group, where `fit_options.calc_covar` asks for them.
     seconds : dict of str to float
         Wall-clock time of each step.
     """
@@ -58,6 +66,9 @@ class Extraction:
     rms: NDArray[np.float64]
     detections: Detections
     seconds: dict[str, float]
+    fits: SourceFits
+    separate: NDArray[np.float64] | None = None
+    covariances: list[GroupCovariance] | None = None
 
     def __repr__(self) -> str:
         """One line."""
@@ -85,29 +96,40 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map is smaller than the detection filter.
     BlankMapError
         If the map has no noise, so that no signal-to-noise ratio can be had.
+    MissingFileError, ConfigError
+        If the table of sources, where the options name one, is not there or is none.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "detection", map.name):
         size = _filter_size(map, config)
         filtered = high_pass(map.data, size)
         rms = scatter = _noise(map, filtered, config)
-        found = _detect(map, filtered, scatter, config)
+        given = given_sources(config, map.frame)
+        placed = None if given is None else place(given, map)
+        if placed is not None and placed.at_positions:
+            found = placed.detections(filtered, scatter)
+        else:
+            found = _detect(map, filtered, scatter, config)
     if config.control.detection_only:
         modelled, fits = None, unfitted(found, map.beam_fwhm_pix, config)
     else:
-        modelled, found, rms = _modelled(map, found, scatter, config, seconds)
+        modelled, found, rms = _modelled(map, found, scatter, config, seconds, placed)
         fits = modelled.fits
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
-        background = map.data - model - high_pass(map.data - model, size)
+        smooth = background = map.data - model - high_pass(map.data - model, size)
+        separate = None
         if modelled is not None:
-            background = mosaic(modelled.placed, modelled.backgrounds, fits, background)
+            background = mosaic(modelled.placed, modelled.backgrounds, fits, smooth)
+            if modelled.separate is not None:
+                separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
         residual = map.data - background - model
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual, fits, config)
         loss = config.fit_options.loss
         if modelled is not None and loss == "linear":
-            fits = with_noise(modelled, _noise_map(map, rms), correlation)
+            modelled = with_noise(modelled, _noise_map(map, rms), correlation)
+            fits = modelled.fits
         elif modelled is not None and not correlation.is_white:
             logger.warning(
                 "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
@@ -117,11 +139,16 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             )
     with timed(seconds, "photometry", map.name):
         ratio = config.photometry.fwhm_radius_ratio
-        apertures = aperture_photometry(residual, fits, rms, ratio, correlation)
-    with timed(seconds, "catalogue", map.name):
+        found = found._replace(rms=np.full(len(found.x), rms))
         order = np.argsort(-found.peak, kind="stable")
+        shapes = None
+        if placed is not None:
+            fits, found = placed.all_rows(fits, found)
+            shapes = placed.apertures(fits)
+            order = np.arange(len(fits.x)) if placed.at_positions else order
+        apertures = aperture_photometry(residual, fits, rms, ratio, correlation, shapes)
+    with timed(seconds, "catalogue", map.name):
         found = Detections(*(column[order] for column in found))
-        found = found._replace(rms=np.full(len(order), rms))
         catalog = build_catalog(
             map,
             fits.take(order),
@@ -130,6 +157,13 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             convert_mjy=config.units.convert_mJy,
             shoulder_threshold=config.detection.shoulder_threshold,
         )
+        if placed is not None:
+            placed.complete(catalog)
+        covariances = None
+        if config.fit_options.calc_covar and modelled is not None:
+            rows = np.flatnonzero(placed.measured) if placed and placed.at_positions else None
+            covariances = group_covariances(modelled, np.argsort(order) if rows is None else rows)
+        catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
         catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
         catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
     if config.fit_options.verbose and modelled is not None:
@@ -142,11 +176,29 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     )
     logger.info("%s: noise %.4g Jy/beam, %s, %s (%s)", map.name, rms, width, sources, took)
     noise = _noise_map(map, rms)
-    return Extraction(map, config, catalog, model, background, residual, noise, found, seconds)
+    return Extraction(
+        map=map,
+        config=config,
+        catalog=catalog,
+        model=model,
+        background=background,
+        residual=residual,
+        rms=noise,
+        detections=found,
+        seconds=seconds,
+        fits=fits.take(order),
+        separate=separate,
+        covariances=covariances,
+    )
 
 
 def _modelled(
-    map: Map, found: Detections, scatter: float, config: Config, seconds: dict[str, float]
+    map: Map,
+    found: Detections,
+    scatter: float,
+    config: Config,
+    seconds: dict[str, float],
+    placed: Placed | None,
 ) -> tuple[Modelled, Detections, float]:
     """Fit all sources, look for companions in what is left, and fit all again.
 
@@ -154,17 +206,21 @@ def _modelled(
     the dips that sources leave in a filtered map.
     """
     fwhm, rms = map.beam_fwhm_pix, scatter
+    shapes = None if placed is None else placed.model_shapes()
     with timed(seconds, "first fit", map.name):
-        first = model_sources(map.data, _noise_map(map, rms), found, fwhm, config).fits
+        noise = _noise_map(map, rms)
+        first = model_sources(map.data, noise, found, fwhm, config, shapes=shapes).fits
     with timed(seconds, "companions", map.name):
         rest = high_pass(map.data - render_sources(map.shape, first), _filter_size(map, config))
         if not config.detection.use_manual_rms:
             rms = clipped_rms(rest) or scatter
-        fitted = found._replace(x=first.x, y=first.y)
-        new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
-        found = Detections(*(np.concatenate(pair) for pair in zip(found, new, strict=True)))
+        if not config.detection.fixed_peaks:
+            fitted = found._replace(x=first.x, y=first.y)
+            new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
+            found = Detections(*(np.concatenate(pair) for pair in zip(found, new, strict=True)))
     with timed(seconds, "fit", map.name):
-        modelled = model_sources(map.data, _noise_map(map, rms), found, fwhm, config, first)
+        noise = _noise_map(map, rms)
+        modelled = model_sources(map.data, noise, found, fwhm, config, first, shapes)
     return modelled, found, rms
 
 

@@ -6,6 +6,8 @@ The files of a map appear together, when all are complete. The names follow HYPE
     OUT/regions/region_files_<map>_centroids.reg     DS9 regions: crosses
     OUT/regions/region_files_<map>_ellipses.reg      DS9 regions: FWHM ellipses, crosses with the ID
     OUT/fits/<map>_{model,residual,background,rms}.fits
+    OUT/fits/<map>_background_separate.fits          where a background is fitted separately
+    OUT/fits/<map>_covariance.fits                   where fit_options.calc_covar asks for it
     OUT/plots/<map>_overview.png
     OUT/params/params_ALL.ecsv .txt .csv             the catalogues of all maps
 """
@@ -29,6 +31,7 @@ from astropy.io import fits
 from astropy.table import QTable, Table
 from regions import EllipseSkyRegion, PointSkyRegion, Regions
 
+from hyperjax.covariance import covariance_hdus
 from hyperjax.files import write_together
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ IMAGES = ("model", "residual", "background", "rms")
 
 DS9_FRAMES = ("icrs", "fk5", "fk4", "galactic")
 """The frames in which regions are written; those of a map in any other frame are in ICRS."""
+
+SCALE_KEY = "JY_BEAM"
+"""Header card of images whose unit is not per pixel: the value of 1 Jy/beam in that unit."""
 
 MERGED = "ALL"
 """What stands for the map's name in the names of the merged tables."""
@@ -67,6 +73,8 @@ class Layout:
         The folders.
     table_base, region_base : str
         What the names of tables and regions start with.
+    root : Path
+        The folder that all others are in, if they are not elsewhere.
     """
 
     tables: Path
@@ -76,6 +84,7 @@ class Layout:
     plots: Path
     table_base: str = "params"
     region_base: str = "region_files"
+    root: Path = Path()
 
     @classmethod
     def from_config(cls, config: Config, out: str | os.PathLike[str]) -> Layout:
@@ -97,6 +106,7 @@ class Layout:
             plots=root / "plots",
             table_base=files.file_table_base,
             region_base=files.file_region_base,
+            root=root,
         )
 
     def table(self, name: str, suffix: str = ".ecsv") -> Path:
@@ -162,6 +172,15 @@ def write_extraction(
         for kind in IMAGES:
             image = partial(_write_image, extraction.map, getattr(extraction, kind), kind)
             writers[layout.image(name, kind)] = image
+        if extraction.separate is not None:
+            writers[layout.image(name, "background_separate")] = partial(
+                _write_image, extraction.map, extraction.separate, "background_separate"
+            )
+    if extraction.covariances is not None:
+        table = partial(
+            covariance_hdus, extraction.covariances, catalog, extraction.config.units.per_jy
+        )
+        writers[layout.image(name, "covariance")] = lambda path: table().writeto(path)
     if plots:
         writers[layout.plot(name)] = partial(_write_overview, extraction)
     return write_together(writers)
@@ -397,6 +416,8 @@ def image_hdu(map: Map, image: NDArray[np.float64], kind: str) -> fits.PrimaryHD
     native[np.isnan(map.data)] = np.nan
     header = map.wcs.to_header(relax=True)
     header["BUNIT"] = map.unit.to_string("fits")
+    if np.isscalar(map.native_per_jy_beam):
+        header[SCALE_KEY] = (map.native_per_jy_beam, "1 Jy/beam in BUNIT")
     header["BMAJ"] = (map.beam.major_arcsec / 3600, "[deg] FWHM of the beam")
     header["BMIN"] = (map.beam.minor_arcsec / 3600, "[deg]")
     header["BPA"] = (map.beam.pa_deg, "[deg] East of North")

@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 
 from hyperjax.deblending import LEAST_SNR_SQUARED, NEAR_FWHM, Peaks, better_blocks
 from hyperjax.photometry import model_flux
-from hyperjax.sources import SourceFits, render_sources, stamps
+from hyperjax.sources import SourceFits
 from hyperjax.spectrum import matched
 from hyperjax.whitened import (
     Field,

@@ -13,6 +13,8 @@ Floats = NDArray[np.float64] | float
 _REACH = 6.0
 """How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
 
+_MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
+_MASK_SIZE = 1.5  # of the beam: sizes are not known yet
 _STEP, _CHUNK = 4, 256  # half-sides of stamps are multiples of this; stamps drawn at a time
 
 
@@ -212,3 +214,26 @@ def render_sources(shape: tuple[int, int], fits: SourceFits) -> NDArray[np.float
                 here, there = overlap(int(x), int(y), side, shape)
                 image[there] += stamp[here]
     return image
+
+
+def source_mask(
+    shape: tuple[int, ...], x: NDArray[np.float64], y: NDArray[np.float64], fwhm_pix: float
+) -> NDArray[np.bool_]:
+    """Pixels (ny, nx) of sources, which take no part in the fit of a separate background."""
+    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / np.sqrt(8 * np.log(2))
+    return near_sources((shape[0], shape[1]), x, y, radius)
+
+
+def near_sources(
+    shape: tuple[int, int], x: NDArray[np.float64], y: NDArray[np.float64], radius: float
+) -> NDArray[np.bool_]:
+    """Pixels (ny, nx) that are closer to a source than a radius."""
+    reach = int(np.ceil(radius))
+    grid = np.arange(-reach, reach + 1)
+    out = np.zeros(shape, bool)
+    for column, row in zip(x, y, strict=True):
+        x0, y0 = round(float(column)), round(float(row))
+        near = (grid + x0 - column) ** 2 + (grid[:, None] + y0 - row) ** 2 <= radius**2
+        here, there = overlap(x0 - reach, y0 - reach, len(grid), shape)
+        out[there] |= near[here]
+    return out

@@ -15,7 +15,6 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from hyperjax.models import (
-    SHAPE,
     GaussianGroup,
     Normal,
     Problem,

@@ -33,10 +33,12 @@ from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict, find_or_offer_config, load_config, map_paths
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.files import remove_temporaries
+from hyperjax.forced import given_sources
 from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
+from hyperjax.singles import write_singles
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -271,9 +273,12 @@ def run(
 
     Raises
     ------
+    MissingFileError, ConfigError
+        The table of given sources is not there, or is none.
     OutputError
         The results cannot be written; found before the work begins where it can be.
     """
+    given_sources(config)
     layout = Layout.from_config(config, Path(out).absolute())
     _refuse_unwritable(layout)
     names = _unique_names(distinct_maps(maps), config)
@@ -425,8 +430,10 @@ def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
     steps.update(extraction.seconds)
     if len(extraction.catalog) == 0:
         logger.warning("%s", _why_empty(extraction))
+    with timed(steps, "single fits", task.name):
+        singles = write_singles(extraction, task.layout.root, task.cores or usable_cores())
     with timed(steps, "write", task.name):
-        files = tuple(write_extraction(extraction, task.layout))
+        files = (*write_extraction(extraction, task.layout), *singles)
     rms = float(np.nanmedian(extraction.rms))
     return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from hyperjax.config import NOT_YET, SWITCH, Config, Detection, all_keys
+from hyperjax.config import NOT_YET, SWITCH, Config, Control, Detection, all_keys
 from hyperjax.config_io import (
     config_from_dict,
     find_config,
@@ -169,7 +169,7 @@ def test_defaults_are_for_the_best_science() -> None:
     config = Config()
     assert config.photometry.aper_inf == 0.5
     assert config.photometry.aper_sup == 4.0
-    assert config.fit_options.vary is True
+    assert config.positions_vary
     assert config.fit_options.weights == "inverse_rms"
     assert config.fit_options.position_range_fwhm == 0.5
     assert config.fit_options.group_distance_fwhm == 2.5
@@ -417,7 +417,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
             "nelder",
             "fit_options.fit_method = 'nelder': must be least_squares",
         ),
-        ("fit_options.vary", "maybe", "fit_options.vary = 'maybe': must be true or false"),
+        ("fit_options.vary", "maybe", "fit_options.vary = 'maybe': must be null or true or false"),
         (
             "survey.survey_code",
             9,
@@ -608,29 +608,7 @@ def test_any_text_is_accepted_or_refused_in_one_line(
 OTHER_THAN_DEFAULT: dict[str, Any] = {
     "control.datacube": True,
     "control.dir_datacube_slices": "channels",
-    "detection.use_fixed_source_table": True,
-    "detection.fixed_source_table_path": "sources.txt",
-    "detection.fixed_peaks": True,
-    "detection.xcen_fix": [84.7],
-    "detection.ycen_fix": [-69.1],
-    "photometry.fixed_radius": True,
-    "photometry.fwhm_1": [12.0],
-    "photometry.fwhm_2": [11.0],
-    "photometry.PA_val": [30.0],
-    "fit_options.calc_covar": True,
     "background.pol_orders_bkg_no_sources": [2],
-    "fits_output.fits_fitting": True,
-    "fits_output.fits_deblended": True,
-    "fits_output.fits_bg_separate": True,
-    "fits_output.fits_output_dir_fitting": "f",
-    "fits_output.fits_output_dir_deblended": "f",
-    "fits_output.fits_output_dir_bg_separate": "f",
-    "visualization.visualize_fitting": True,
-    "visualization.visualize_deblended": True,
-    "visualization.visualize_bg_separate": True,
-    "visualization.output_dir_fitting": "p",
-    "visualization.output_dir_deblended": "p",
-    "visualization.output_dir_bg_separate": "p",
 }
 
 
@@ -665,8 +643,8 @@ def test_weights_that_vary_do_not_go_with_a_robust_loss(weights: str) -> None:
 
 
 def test_what_is_not_there_yet_is_refused_in_the_class_too() -> None:
-    with pytest.raises(ValidationError, match=r"detection\.fixed_peaks = True: not in this"):
-        Config(detection=Detection(fixed_peaks=True))
+    with pytest.raises(ValidationError, match=r"control\.datacube = True: not in this"):
+        Config(control=Control(datacube=True))
 
 
 @pytest.mark.parametrize(("key", "switch"), SWITCH.items())
@@ -778,8 +756,8 @@ def test_translation_leaves_the_given_options_alone() -> None:
         ),
         (
             {"control": {"use_fixed_source_table": True}},
-            "detection.use_fixed_source_table = True: not in this version of hyperjax; sources "
-            "are detected on each map",
+            "detection.fixed_source_table_path = null: must be the path of a table where "
+            "detection.use_fixed_source_table is true",
         ),
     ],
 )

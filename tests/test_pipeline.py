@@ -592,7 +592,7 @@ def fit(
     if again:
         modelled = model_sources(sources.data, noise, found, beam, options, modelled.fits)
     linear = options.fit_options.loss == "linear"
-    return with_noise(modelled, noise, Correlation.white()) if linear else modelled.fits
+    return with_noise(modelled, noise, Correlation.white()).fits if linear else modelled.fits
 
 
 def flux_pulls(sources: Scene, fits: SourceFits) -> NDArray:

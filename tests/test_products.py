@@ -105,6 +105,8 @@ def make_extraction(n=3, name="M1", unit=u.Jy / u.beam, native=1.0, wcs=None, fr
         background=background,
         residual=residual,
         rms=np.full(SHAPE, 0.5),
+        separate=None,
+        covariances=None,
     )
 
 
