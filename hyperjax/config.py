@@ -593,10 +593,14 @@ class Background(_Section):
 class Noise(_Section):
     """The noise of the maps."""
 
-    model: Literal["auto", "white"] = Field(
+    model: Literal["auto", "white", "correlated"] = Field(
         default="auto",
-        description="How the noise of neighbouring pixels is correlated: auto measures it on the "
-        "residual, for the errors; white takes pixels as independent.",
+        description="What the fit takes the noise for. correlated: noise of a power spectrum, which "
+        "is measured on the map itself; sources are found by its matched filter and fitted in "
+        "Fourier space, where a smooth background is noise, too. white: pixels are independent; "
+        "sources are found and fitted as in HYPER, each on a polynomial. auto: correlated, where "
+        "the map is large enough and no option is set that only the fit of pixels knows. Errors "
+        "are those of the noise as measured in any case.",
     )
 
 
@@ -701,6 +705,22 @@ class Config(_Section):
         vary = self.fit_options.vary
         return not self.detection.fixed_peaks if vary is None else vary
 
+    @property
+    def of_pixels(self) -> tuple[str, ...]:
+        """Keys that are not at their defaults and that the fit of pixels alone knows."""
+        keys = all_keys()
+        return tuple(key for key in _OF_PIXELS if _value(self, key) != keys[key].default)
+
+    @model_validator(mode="after")
+    def _noise_that_goes_with_the_rest(self) -> "Config":
+        if self.noise.model == "correlated" and self.of_pixels:
+            key = self.of_pixels[0]
+            raise ValueError(
+                f"noise.model = correlated: does not go with {key} = {shown(_value(self, key))}, "
+                "which only the fit of pixels knows; use noise.model = auto or white"
+            )
+        return self
+
     @model_validator(mode="after")
     def _given_sources_are_there(self) -> "Config":
         problem = _missing_of_given_sources(self.detection, self.photometry)
@@ -775,6 +795,31 @@ def _wrong_ellipses(photometry: Photometry, count: int) -> str | None:
 
 
 # --- What HYPER can do and this version cannot ---------------------------------------------------
+
+_OF_PIXELS = (
+    "control.detection_only",
+    "control.datacube",
+    "detection.use_manual_rms",
+    "detection.kernel_size_pix",
+    "detection.roundlim",
+    "detection.sharplim",
+    "detection.dist_limit_arcsec",
+    "detection.snap_radius_pix",
+    "detection.shoulder_filter",
+    "detection.fixed_peaks",
+    "photometry.fixed_radius",
+    "fit_options.loss",
+    "fit_options.weights",
+    "fit_options.min_method",
+    "fit_options.use_l2_regularization",
+    "fit_options.fit_aperture_sigma",
+    "fit_options.group_distance_fwhm",
+    "fit_options.window_fwhm",
+    "fit_options.sweeps",
+    "background.fit_gauss_and_bg_separately",
+    "background.fit_gauss_and_bg_together",
+    "background.polynomial_orders",
+)
 
 _UNAVAILABLE = {
     "control.datacube": "run the channels as separate two-dimensional maps",

@@ -64,6 +64,14 @@ def group_covariances(modelled: Modelled, row_of: NDArray[np.int_]) -> list[Grou
     return sorted(out, key=lambda group: int(group.rows.min()))
 
 
+def block_covariances(
+    blocks: Sequence[tuple[NDArray[np.int_], NDArray[np.float64]]], row_of: NDArray[np.int_]
+) -> list[GroupCovariance]:
+    """The same of blocks of sources alone, each with its members and their covariance."""
+    out = [GroupCovariance(row_of[members], -1, matrix) for members, matrix in blocks]
+    return sorted(out, key=lambda group: int(group.rows.min()))
+
+
 def covariance_hdus(
     groups: Sequence[GroupCovariance], catalog: QTable, per_jy: float
 ) -> fits.HDUList:

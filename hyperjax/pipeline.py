@@ -1,7 +1,9 @@
 """The way of one map from pixels to a catalogue."""
 
+import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +13,15 @@ from numpy.typing import NDArray
 from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog
 from hyperjax.config import Config
-from hyperjax.covariance import GroupCovariance, group_covariances
-from hyperjax.detection import Detections, companions, detect, filter_size, high_pass
+from hyperjax.covariance import GroupCovariance, block_covariances, group_covariances
+from hyperjax.detection import (
+    Detections,
+    companions,
+    detect,
+    filter_size,
+    high_pass,
+    shoulder_score,
+)
 from hyperjax.errors import BlankMapError, ConfigError
 from hyperjax.forced import Placed, given_sources, place
 from hyperjax.logs import counted, timed
@@ -21,12 +30,18 @@ from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
 from hyperjax.report import fit_lines
-from hyperjax.sources import SourceFits, near_sources, render_sources
+from hyperjax.search import find_sources
+from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
+from hyperjax.spectrum import segment_side
+from hyperjax.whitened import Field, significance
 
 logger = logging.getLogger(__name__)
 
 _SOURCE_FWHM = 1.5  # radius round a source that tells nothing of the noise
 _REACH_FWHM = 4.0  # offset up to which noise may be correlated
+_LEAST_FWHM = 1.8  # of the beam, pixels: below, sources are not sampled well enough for a spectrum
+_SEGMENT_FWHM = 3.0  # least side of the segments of the spectrum, beam FWHM
+_SPECTRAL_FILTER_FWHM = 10.0  # side of the high-pass filter before the spectrum, beam FWHM
 _ROUNDING = 1e-14  # of a map's largest value: what scatters less has no noise
 
 
@@ -100,53 +115,21 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the table of sources, where the options name one, is not there or is none.
     """
     seconds: dict[str, float] = {}
-    with timed(seconds, "detection", map.name):
-        size = _filter_size(map, config)
-        filtered = high_pass(map.data, size)
-        rms = scatter = _noise(map, filtered, config)
-        given = given_sources(config, map.frame)
-        placed = None if given is None else place(given, map)
-        if placed is not None and placed.at_positions:
-            found = placed.detections(filtered, scatter)
-        else:
-            found = _detect(map, filtered, scatter, config)
-    if config.control.detection_only:
-        modelled, fits = None, unfitted(found, map.beam_fwhm_pix, config)
-    else:
-        modelled, found, rms = _modelled(map, found, scatter, config, seconds, placed)
-        fits = modelled.fits
-    with timed(seconds, "images", map.name):
-        model = render_sources(map.shape, fits)
-        smooth = background = map.data - model - high_pass(map.data - model, size)
-        separate = None
-        if modelled is not None:
-            background = mosaic(modelled.placed, modelled.backgrounds, fits, smooth)
-            if modelled.separate is not None:
-                separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
-        residual = map.data - background - model
-    with timed(seconds, "errors", map.name):
-        correlation = _correlation(map, residual, fits, config)
-        loss = config.fit_options.loss
-        if modelled is not None and loss == "linear":
-            modelled = with_noise(modelled, _noise_map(map, rms), correlation)
-            fits = modelled.fits
-        elif modelled is not None and not correlation.is_white:
-            logger.warning(
-                "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
-                "know: they are too small; use fit_options.loss = linear for right ones",
-                map.path or map.name,
-                loss,
-            )
+    given = given_sources(config, map.frame)
+    placed = None if given is None else place(given, map)
+    measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
+    fits, found = measured.fits, measured.found
     with timed(seconds, "photometry", map.name):
-        ratio = config.photometry.fwhm_radius_ratio
-        found = found._replace(rms=np.full(len(found.x), rms))
         order = np.argsort(-found.peak, kind="stable")
         shapes = None
         if placed is not None:
             fits, found = placed.all_rows(fits, found)
             shapes = placed.apertures(fits)
             order = np.arange(len(fits.x)) if placed.at_positions else order
-        apertures = aperture_photometry(residual, fits, rms, ratio, correlation, shapes)
+        ratio, correlation = config.photometry.fwhm_radius_ratio, measured.correlation
+        apertures = aperture_photometry(
+            measured.residual, fits, measured.rms, ratio, correlation, shapes
+        )
     with timed(seconds, "catalogue", map.name):
         found = Detections(*(column[order] for column in found))
         catalog = build_catalog(
@@ -159,37 +142,199 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         )
         if placed is not None:
             placed.complete(catalog)
-        covariances = None
-        if config.fit_options.calc_covar and modelled is not None:
-            rows = np.flatnonzero(placed.measured) if placed and placed.at_positions else None
-            covariances = group_covariances(modelled, np.argsort(order) if rows is None else rows)
+        at_positions = placed is not None and placed.at_positions
+        rows = np.flatnonzero(placed.measured) if placed and at_positions else np.argsort(order)
+        covariances = measured.covariances(rows) if config.fit_options.calc_covar else None
         catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
-        catalog.meta["noise_model"] = "white" if correlation.is_white else "correlated"
+        catalog.meta["noise_model"] = measured.noise_model
         catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
-    if config.fit_options.verbose and modelled is not None:
+    if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
             logger.info("%s: %s", map.name, line)
-    took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
-    sources = counted(len(order), "source")
-    width = (
-        "white" if correlation.is_white else f"correlated over {correlation.fwhm_pix:.1f} pixels"
-    )
-    logger.info("%s: noise %.4g Jy/beam, %s, %s (%s)", map.name, rms, width, sources, took)
-    noise = _noise_map(map, rms)
+    logger.info("%s: %s", map.name, _summary(measured, len(order), seconds))
     return Extraction(
         map=map,
         config=config,
         catalog=catalog,
+        model=measured.model,
+        background=measured.background,
+        residual=measured.residual,
+        rms=measured.rms,
+        detections=found,
+        seconds=seconds,
+        fits=fits.take(order),
+        separate=measured.separate,
+        covariances=covariances,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Sources of a map, in either way, and what they were found in and leave of it.
+
+    `covariances` takes the row in the catalogue of each source. See `Extraction` for the images.
+    """
+
+    fits: SourceFits
+    found: Detections
+    model: NDArray[np.float64]
+    background: NDArray[np.float64]
+    residual: NDArray[np.float64]
+    rms: NDArray[np.float64]
+    correlation: Correlation
+    noise_model: str
+    covariances: Callable[[NDArray[np.int_]], list[GroupCovariance] | None]
+    separate: NDArray[np.float64] | None = None
+
+
+def _summary(measured: _Measured, count: int, seconds: dict[str, float]) -> str:
+    """One line for the log."""
+    rms = float(np.nanmedian(measured.rms))
+    width = measured.correlation.fwhm_pix
+    shared = f"correlated over {width:.1f} pixels" if width else "white"
+    took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
+    return (
+        f"noise {rms:.4g} Jy/beam, {shared}, taken for {measured.noise_model}; "
+        f"{counted(count, 'source')} ({took})"
+    )
+
+
+def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measured | None:
+    """Find and fit the sources in noise of a measured spectrum; None where that is not to be."""
+    if config.noise.model == "white":
+        return None
+    if config.of_pixels:
+        logger.info("%s: fitted pixel by pixel, as %s asks for it", map.name, config.of_pixels[0])
+        return None
+    box = _spectral_filter(map)
+    if box is None:
+        _warn_of_white(map, config, "is too small for the spectrum of its noise, or its beam is")
+        return None
+    with timed(seconds, "fit", map.name):
+        field = Field(map.data, map.beam_fwhm_pix, box, config)
+        sources = find_sources(field)
+    if sources is None:
+        _warn_of_white(map, config, "is blank for the most part: its noise has no spectrum")
+        return None
+    fits, noise = sources.fits, sources.noise
+    with timed(seconds, "images", map.name):
+        size = _filter_size(map, config)
+        model = render_sources(map.shape, fits)
+        residual = high_pass(map.data - model, size)
+        background = map.data - model - residual
+        rms = np.where(field.valid, noise.rms, np.nan)
+        fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
+        found = _detections(fits, rms, high_pass(map.data, size), map, config)
+    with timed(seconds, "errors", map.name):
+        correlation = _correlation(map, residual, fits)
+    return _Measured(
+        fits=fits,
+        found=found,
+        model=model,
+        background=background,
+        residual=residual,
+        rms=rms,
+        correlation=correlation,
+        noise_model="correlated",
+        covariances=functools.partial(block_covariances, sources.blocks),
+    )
+
+
+def _spectral_filter(map: Map) -> int | None:
+    """Side of the high-pass filter before the noise's spectrum; None if the map has none.
+
+    It takes away what is larger than any source, so that the spectrum is that of the noise.
+    """
+    fwhm, segment = map.beam_fwhm_pix, segment_side(map.shape)
+    if fwhm < _LEAST_FWHM or segment < _SEGMENT_FWHM * fwhm:
+        return None
+    return 2 * int(_SPECTRAL_FILTER_FWHM / 2 * fwhm) + 1
+
+
+def _warn_of_white(map: Map, config: Config, why: str) -> None:
+    """Say that a map cannot have what `noise.model` asks for."""
+    told = logger.warning if config.noise.model == "correlated" else logger.info
+    told("%s: the map %s; pixels are taken as independent", map.path or map.name, why)
+
+
+def _detections(
+    fits: SourceFits,
+    rms: NDArray[np.float64],
+    filtered: NDArray[np.float64],
+    map: Map,
+    config: Config,
+) -> Detections:
+    """The sources as detections, for the catalogue."""
+    x, y, peak = fits.x, fits.y, fits.peak
+    score = shoulder_score(filtered, x, y, peak, map.beam_fwhm_pix, config.detection)
+    return Detections(x, y, peak, significance(fits), nearest_values(rms, x, y), score)
+
+
+def _by_pixels(
+    map: Map, config: Config, seconds: dict[str, float], placed: Placed | None
+) -> _Measured:
+    """Find and fit the sources as HYPER does, pixel by pixel, on polynomial backgrounds."""
+    with timed(seconds, "detection", map.name):
+        size = _filter_size(map, config)
+        filtered = high_pass(map.data, size)
+        rms = scatter = _noise(map, filtered, config)
+        if placed is not None and placed.at_positions:
+            found = placed.detections(filtered, scatter)
+        else:
+            found = _detect(map, filtered, scatter, config)
+    if config.control.detection_only:
+        modelled, fits = None, unfitted(found, map.beam_fwhm_pix, config)
+    else:
+        modelled, found, rms = _modelled(map, found, scatter, config, seconds, placed)
+        fits = modelled.fits
+    noise = np.where(np.isfinite(map.data), rms, np.nan)
+    with timed(seconds, "images", map.name):
+        model = render_sources(map.shape, fits)
+        smooth = background = map.data - model - high_pass(map.data - model, size)
+        separate = None
+        if modelled is not None:
+            background = mosaic(modelled.placed, modelled.backgrounds, fits, smooth)
+            if modelled.separate is not None:
+                separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
+        residual = map.data - background - model
+    with timed(seconds, "errors", map.name):
+        correlation = _correlation(map, residual, fits)
+        if modelled is not None:
+            modelled = _with_errors(map, config, modelled, noise, correlation)
+            fits = modelled.fits
+    return _Measured(
+        fits=fits,
+        found=found._replace(rms=np.full(len(found.x), rms)),
         model=model,
         background=background,
         residual=residual,
         rms=noise,
-        detections=found,
-        seconds=seconds,
-        fits=fits.take(order),
+        correlation=correlation,
+        noise_model="white",
+        covariances=lambda rows: modelled and group_covariances(modelled, rows),
         separate=separate,
-        covariances=covariances,
     )
+
+
+def _with_errors(
+    map: Map,
+    config: Config,
+    modelled: Modelled,
+    noise: NDArray[np.float64],
+    correlation: Correlation,
+) -> Modelled:
+    """The fits with the errors that the noise as measured gives them, where that is known."""
+    loss = config.fit_options.loss
+    if loss == "linear":
+        return with_noise(modelled, noise, correlation)
+    if not correlation.is_white:
+        logger.warning(
+            "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
+            "know: they are too small; use fit_options.loss = linear for right ones",
+            map.path or map.name,
+            loss,
+        )
+    return modelled
 
 
 def _modelled(
@@ -224,12 +369,8 @@ def _modelled(
     return modelled, found, rms
 
 
-def _correlation(
-    map: Map, residual: NDArray[np.float64], fits: SourceFits, config: Config
-) -> Correlation:
+def _correlation(map: Map, residual: NDArray[np.float64], fits: SourceFits) -> Correlation:
     """How the noise of neighbouring pixels is correlated, measured away from all sources."""
-    if config.noise.model == "white":
-        return Correlation.white()
     fwhm = map.beam_fwhm_pix
     covered = near_sources(map.shape, fits.x, fits.y, _SOURCE_FWHM * fwhm)
     noise = np.where(covered, np.nan, residual)

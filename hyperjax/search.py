@@ -36,9 +36,10 @@ _FINAL_SWEEPS = 2
 
 
 class Found(NamedTuple):
-    """Sources of a map, and the noise that they were found in."""
+    """Sources of a map, the covariances of their blocks, and the noise that they were found in."""
 
     fits: SourceFits
+    blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
     noise: Noise
 
 
@@ -49,11 +50,11 @@ def find_sources(field: Field) -> Found | None:
         return None
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
-    fits = sweep(field, noise, _as_sources(field, first))
+    fits = sweep(field, noise, _as_sources(field, first)).fits
     settled = np.zeros(len(fits.x), bool)
     for number in range(_ROUNDS):
         noise = updated_noise(field, noise, fits)
-        fits = sweep(field, noise, fits)
+        fits = sweep(field, noise, fits).fits
         keep = _is_source(fits, threshold if number else 0.0)
         fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
         white = white_residual(field, noise, fits)
@@ -69,12 +70,12 @@ def find_sources(field: Field) -> Found | None:
             break
     for _ in range(_FINAL_SWEEPS):
         noise = updated_noise(field, noise, fits)
-        fits = sweep(field, noise, fits)
-        keep = _is_source(fits, threshold)
-        fits = fits.take(np.flatnonzero(keep))
+        swept = sweep(field, noise, fits)
+        keep = _is_source(swept.fits, threshold)
         if keep.all():
-            break
-    return Found(_with_blanks(field, fits), noise)
+            return Found(*swept, noise)
+        fits = swept.fits.take(np.flatnonzero(keep))
+    return Found(*sweep(field, noise, fits), noise)
 
 
 def _is_source(fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
@@ -140,11 +141,3 @@ def _as_sources(field: Field, peaks: Peaks) -> SourceFits:
     return SourceFits.guess(
         np.column_stack([peaks.peak, peaks.x, peaks.y, size, size, np.zeros(len(size))])
     )
-
-
-def _with_blanks(field: Field, fits: SourceFits) -> SourceFits:
-    """The covariance of sources next to blank pixels, which the fit took for what the model says.
-
-    It grows as the share of a source's own power that lies on valid pixels falls short of 1.
-    """
-    return fits

@@ -17,10 +17,20 @@ from hyperjax.catalog import FLAGS
 from hyperjax.config import Config
 from hyperjax.detection import HighPass
 from hyperjax.fitting import CONVERGED, STEP_LIMIT, FitOptions, FitResult, GroupBatch, fit_spectra
-from hyperjax.groups import Windows, blocks, buckets, cut_out, link, members_of, turns, windows
+from hyperjax.groups import (
+    Windows,
+    blocks,
+    buckets,
+    cut_out,
+    link,
+    members_of,
+    overlap,
+    turns,
+    windows,
+)
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.noise import local_rms
-from hyperjax.sources import SourceFits, nearest_values, render_sources
+from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
 
@@ -30,9 +40,14 @@ SLOTS = (1, 2, 4, 8, 16)
 _LINK_FWHM = 1.5  # sources that are closer are fitted jointly
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
+_CLIP_SIGMA = 3.0  # of pixels, before the sources are known
+_FIRST_ROUNDS = 2  # of the first spectrum, each whitened with the one before
 _LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
 _ALIAS = 0.02  # a mode whose alias is a larger share of it is not used
 _COARSE = 32  # side of the modes that the power of fitted sources is computed on
+_CUT_SIGMA = 3.0  # radius of a source that blank pixels cut into
+_LEAST_VALID = 1e-3
+_ROUNDING = 1e-12  # of correlations of parameters
 _CHUNK = 64  # sources whose modes are in memory at a time
 
 
@@ -126,10 +141,6 @@ def first_noise(field: Field) -> Noise | None:
             return None
         spectrum = measure_spectrum(unit, valid, spectrum)
     return None if spectrum is None else _normalised(field, Noise(scale, spectrum), unit)
-
-
-_CLIP_SIGMA = 3.0
-_FIRST_ROUNDS = 2  # each whitened with the spectrum of the one before
 
 
 def updated_noise(field: Field, noise: Noise, fits: SourceFits) -> Noise:
@@ -348,7 +359,7 @@ def fit_windows(
     present = np.zeros(shape[:2], bool)
     present[row, slot] = True
     free = np.repeat(present[..., None], 6, axis=2)
-    free[..., 1:3] &= field.config.fit_options.vary
+    free[..., 1:3] &= field.config.positions_vary
     batch = GroupBatch(
         data=data,
         weight=weight,
@@ -383,17 +394,24 @@ def _bounds(
 # --- One sweep --------------------------------------------------------------------------------
 
 
-def sweep(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
+class Swept(NamedTuple):
+    """Fitted sources, and of each block its members and the covariance (6 k, 6 k) of them all."""
+
+    fits: SourceFits
+    blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
+
+
+def sweep(field: Field, noise: Noise, fits: SourceFits) -> Swept:
     """Fit all blocks to what the other sources leave; blocks of one group in turns."""
-    fits = fits.take(np.arange(len(fits.x)))  # a copy, which changes turn by turn
+    fits, fitted = fits.take(np.arange(len(fits.x))), []  # a copy, which changes turn by turn
     group, placed, turn = lay_out(field, fits)
     for now in range(np.max(turn, initial=-1) + 1):
         white = white_residual(field, noise, fits)
         for which in buckets(placed, turn == now).values():
             data = window_data(white, field, noise, fits, placed, which)
-            _fit_bucket(field, noise, data, fits, placed, which)
+            fitted += _fit_bucket(field, noise, data, fits, placed, which)
     size = np.bincount(group)[group] if len(group) else group
-    return fits._replace(group=group, group_size=size)
+    return Swept(fits._replace(group=group, group_size=size), fitted)
 
 
 def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceFits) -> SourceFits:
@@ -415,7 +433,7 @@ def _fit_bucket(
     fits: SourceFits,
     placed: Windows,
     which: NDArray[np.int_],
-) -> None:
+) -> list[tuple[NDArray[np.int_], NDArray[np.float64]]]:
     """Fit blocks of one bucket from where their sources are, and put the results there."""
     options, first = field.config.fit_options, which[0]
     numerics = FitOptions(
@@ -424,24 +442,31 @@ def _fit_bucket(
     starts, row = in_windows(fits, noise, placed, which), members_of(placed, which).row
     slots, side = int(placed.slots[first]), int(placed.side[first])
     result = fit_windows(field, *data, starts, row, slots, side, numerics)
-    _store(fits, result, noise, placed, which)
+    return _store(field, noise, fits, result, placed, which)
 
 
 def _store(
-    fits: SourceFits, result: FitResult, noise: Noise, placed: Windows, which: NDArray[np.int_]
-) -> None:
-    """Put the results of blocks in the places of their sources."""
+    field: Field,
+    noise: Noise,
+    fits: SourceFits,
+    result: FitResult,
+    placed: Windows,
+    which: NDArray[np.int_],
+) -> list[tuple[NDArray[np.int_], NDArray[np.float64]]]:
+    """Put the results of blocks in the places of their sources; the covariances of the blocks."""
     row, slot, source = members_of(placed, which)
     params, unit = on_map(
         result.params[row, slot], noise, placed.x0[which[row]], placed.y0[which[row]]
     )
     for column, values in zip(fits[:6], params.T, strict=True):
         column[source] = values
+    scale = np.ones((*result.params.shape[:2], 6))
+    scale[row, slot, 0] = unit
+    scale[row, slot] /= np.sqrt(valid_share(field, fits.take(source)))[:, None]
+    flat = scale.reshape(len(scale), -1)
+    covariance = result.covariance * flat[:, :, None] * flat[:, None, :]
     own = 6 * slot[:, None] + np.arange(6)
-    covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
-    covariance[:, 0] *= unit[:, None]
-    covariance[:, :, 0] *= unit[:, None]
-    fits.covariance[source] = covariance
+    fits.covariance[source] = covariance[row[:, None, None], own[:, :, None], own[:, None]]
     fits.order[source] = -1
     fits.nmse[source] = result.nmse[row]
     fits.chi2_red[source] = result.chi2_red[row]
@@ -450,6 +475,28 @@ def _store(
     fits.status[source] = np.where(result.status[row] == CONVERGED, 1, 0)
     fits.flags[source] = FLAGS.on_bound(result.on_bound[row, slot])
     fits.flags[source] |= FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
+    members = [placed.members[block] for block in which]
+    return [
+        (block, matrix[: 6 * len(block), : 6 * len(block)])
+        for block, matrix in zip(members, covariance, strict=True)
+    ]
+
+
+def valid_share(field: Field, fits: SourceFits) -> NDArray[np.float64]:
+    """Share (n,) of each source's own power that lies on valid pixels.
+
+    The fit takes blank pixels for what the model says there, so that its errors are too small: by
+    the root of the share.
+    """
+    out = np.ones(len(fits.x))
+    near = nearest_values(field.depth, fits.x, fits.y) < _CUT_SIGMA * fits.sigma_major
+    for index in np.flatnonzero(near & fits.is_drawable):
+        half = int(np.ceil(_CUT_SIGMA * fits.sigma_major[index]))
+        x0, y0 = (np.rint(at[[index]]).astype(int) - half for at in (fits.x, fits.y))
+        power = stamps(fits, np.array([index]), x0, y0, 2 * half + 1)[0] ** 2
+        here, there = overlap(int(x0[0]), int(y0[0]), 2 * half + 1, field.valid.shape)
+        out[index] = np.sum(power[here] * field.valid[there]) / np.sum(power)
+    return np.maximum(out, _LEAST_VALID)
 
 
 def significance(fits: SourceFits) -> NDArray[np.float64]:
@@ -464,6 +511,3 @@ def significance(fits: SourceFits) -> NDArray[np.float64]:
     inverse = np.linalg.inv(correlation)[:, 0, 0]
     out[known] = fits.peak[known] / scale[:, 0] * np.sqrt(np.maximum(inverse, 0))
     return out
-
-
-_ROUNDING = 1e-12
