@@ -595,7 +595,7 @@ class Noise(_Section):
 
     model: Literal["auto", "white", "correlated"] = Field(
         default="auto",
-        description="What the fit takes the noise for. correlated: noise of a power spectrum, which "
+        description="What the fit takes the noise for. correlated: noise of a power spectrum that "
         "is measured on the map itself; sources are found by its matched filter and fitted in "
         "Fourier space, where a smooth background is noise, too. white: pixels are independent; "
         "sources are found and fitted as in HYPER, each on a polynomial. auto: correlated, where "

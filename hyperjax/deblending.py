@@ -35,6 +35,8 @@ LEAST_SNR_SQUARED = 5.0
 
 _PARAMETERS = 6
 _MISMATCH = 0.05  # of a source's S/N: real sources differ from Gaussians by that
+_POINT_MISMATCH = 0.02  # where all sources of a block are as small as point sources
+_POINT_SIZE = 1.6  # of the beam, at most
 _ROUGH = FitOptions(ftol=2e-3, max_steps=15)  # enough to tell a gain of some tens
 _SMALLEST = 0.7  # of the minor axis: sizes of the halves of a source that is narrower than the beam
 _LEAST_OFFSET = 0.5  # of the halves from the middle, sigma of the beam
@@ -54,11 +56,10 @@ class Peaks(NamedTuple):
 
 
 class _Alternative(NamedTuple):
-    """Another set of sources (k, 6) for a block, in its window, and the chi^2 that it must gain."""
+    """Another set of sources (k, 6) for a block, in its window."""
 
     block: int
     sources: NDArray[np.float64]
-    needed: float
 
 
 class Verdict(NamedTuple):
@@ -84,8 +85,9 @@ def better_blocks(
     """Put the best alternative of every block in its place, where it is better by enough.
 
     One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
-    Bayesian information criterion), and the square of what a source that is no Gaussian leaves;
-    a source without which less than that is lost goes.
+    Bayesian information criterion), and the square of what a source that is no Gaussian leaves,
+    which is more where the sources are larger than the beam; a source without which less than that
+    is lost goes.
 
     Parameters
     ----------
@@ -103,20 +105,33 @@ def better_blocks(
     sources = np.split(in_windows(fits, noise, placed, which), np.flatnonzero(own.slot == 0)[1:])
     options = list(_alternatives(field, noise, fits, settled, placed, peaks, sources))
     tried = np.unique([option.block for option in options]).astype(int)
-    present = [_Alternative(int(block), sources[block], 0.0) for block in tried]
+    present = [_Alternative(int(block), sources[block]) for block in tried]
     cost, results = _tried(field, noise, white, fits, placed, [*present, *options])
     before = np.full(len(which), np.nan)
     before[tried] = cost[: len(tried)]
     best: dict[int, tuple[float, NDArray[np.float64]]] = {}
     near = np.zeros(len(which), bool)
+    strength = significance(fits)
     for option, after, result in zip(
         options, cost[len(tried) :], results[len(tried) :], strict=True
     ):
-        gain = 2 * (before[option.block] - after)
-        near[option.block] |= gain > option.needed - abs(option.needed) / 2
-        if result is not None and gain - option.needed > best.get(option.block, (0.0,))[0]:
-            best[option.block] = (gain - option.needed, result)
+        block, members = option.block, placed.members[option.block]
+        loses = len(option.sources) < len(members)
+        major = fits.sigma_major[members] if loses or result is None else result[:, 3]
+        worth = _worth(field, int(placed.side[block]), strength[members].max(), major)
+        gain = 2 * (before[block] - after) + (worth if loses else -worth)
+        near[block] |= gain > -worth / 2
+        if result is not None and gain > best.get(block, (0.0,))[0]:
+            best[block] = (gain, result)
     return _replaced(fits, noise, placed, best, near)
+
+
+def _worth(field: Field, side: int, strength: float, major: NDArray[np.float64]) -> float:
+    """Chi^2 that one source more must gain in a block with sources of some `major` sigmas."""
+    are_points = np.all(major < _POINT_SIZE * field.sigma_pix)
+    mismatch = (_POINT_MISMATCH if are_points else _MISMATCH) * strength
+    detection = field.config.detection.sigma_thres**2
+    return float(detection + _PARAMETERS * np.log(side**2) + mismatch**2)
 
 
 def _alternatives(
@@ -136,24 +151,19 @@ def _alternatives(
     nearest = np.where(distance < NEAR_FWHM * field.fwhm_pix, nearest, -1)
     for block, members in enumerate(placed.members):
         own = sources[block]
-        mismatch = _MISMATCH * strength[members].max()
-        needed = (
-            field.config.detection.sigma_thres**2
-            + _PARAMETERS * np.log(placed.side[block] ** 2)
-            + mismatch**2
-        )
+        least = _worth(field, int(placed.side[block]), 0.0, np.zeros(1))
         room = len(members) < SLOTS[-1]
         fresh = not settled[members].all()
         for slot, source in enumerate(members):
             rest = np.delete(own, slot, 0)
-            if room and fresh and strength[source] ** 2 > needed:
-                yield _Alternative(block, np.vstack([rest, halves(own[slot], field)]), needed)
+            if room and fresh and strength[source] ** 2 > least:
+                yield _Alternative(block, np.vstack([rest, halves(own[slot], field)]))
             if fresh and len(members) > 1:
-                yield _Alternative(block, rest, -needed)
+                yield _Alternative(block, rest)
         if room:
             for new in np.flatnonzero(np.isin(nearest, members)):
                 added = _in_window(peaks, int(new), field, noise, placed, block)
-                yield _Alternative(block, np.vstack([own, added]), needed)
+                yield _Alternative(block, np.vstack([own, added]))
 
 
 def halves(source: NDArray[np.float64], field: Field) -> NDArray[np.float64]:
