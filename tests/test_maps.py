@@ -819,7 +819,7 @@ BAD = {
     "cut gzip": (cut_gzip, NotFitsError, ["cut short"]),
     "no data": (no_data, NoImageError, ["no image"]),
     "spectrum": (spectrum, NoImageError, ["no image"]),
-    "cube": (cube, NoImageError, ["cube of 12 channels", "not supported in this version"]),
+    "cube": (cube, NoImageError, ["cube of 12 channels", "control.datacube"]),
     "four axes": (cube_of_planes, NoImageError, ["cube of 12 channels", "plane"]),
     "linear axes": (linear, MissingWcsError, ["no celestial coordinates"]),
     "no WCS": (no_wcs, MissingWcsError, ["no celestial coordinates"]),
