@@ -30,6 +30,7 @@ from astropy.wcs import WCS, FITSFixedWarning, WcsError
 from astropy.wcs.utils import pixel_to_skycoord, proj_plane_pixel_scales, wcs_to_celestial_frame
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 
 from hyperjax.errors import (
     BlankMapError,
@@ -67,6 +68,8 @@ FloatArray: TypeAlias = NDArray[np.float64]
 FWHM_PER_SIGMA = math.sqrt(8.0 * math.log(2.0))
 """FWHM of a Gaussian of unit standard deviation."""
 
+_LEAST_ZEROS = 16  # pixels of an area that is blank
+_FADED = 1e-3  # of the usual brightness: less is the wing of a model
 _ARCSEC = math.radians(1.0 / 3600.0)
 
 
@@ -708,7 +711,35 @@ def map_of_plane(
         frequency = _frequency(header, wcs, path, frequency_ghz) if in_kelvin else None
     native_per_jy_beam = _native_per_jy_beam(native_unit, beam, celestial, data.shape, frequency)
     data /= native_per_jy_beam
+    zeros = blank_zeros(data)
+    if zeros.any():
+        logger.info("%s: %d pixels that are exactly 0 are taken as blank", path, zeros.sum())
+        data[zeros] = np.nan
     return Map(map_name(path), path, data, celestial, beam, native_unit, native_per_jy_beam, frame)
+
+
+def blank_zeros(data: FloatArray) -> NDArray[np.bool_]:
+    """Pixels that are blank, though they hold 0 and not NaN.
+
+    They lie in connected areas of exact zeros, of sixteen pixels at least, at whose edge the map
+    begins with values of its usual size. Zeros among noise are none, nor are those that the model
+    of a map without noise fades into.
+    """
+    zero = data == 0
+    if not zero.any():
+        return zero
+    labels, count = ndimage.label(zero)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    usual = np.median(np.abs(data[np.isfinite(data) & ~zero])) if not zero.all() else 0.0
+    edge = ndimage.grey_dilation(labels, size=3)
+    beside = (edge > 0) & np.isfinite(data) & ~zero
+    brightness = np.full(count + 1, np.inf)  # of areas between pixels that are blank
+    index = np.unique(edge[beside])
+    if index.size:
+        brightness[index] = ndimage.median(np.abs(data[beside]), edge[beside], index)
+    blank = (areas >= _LEAST_ZEROS) & (brightness > _FADED * usual)
+    blank[0] = False
+    return np.asarray(blank[labels])
 
 
 @contextmanager

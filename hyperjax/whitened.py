@@ -510,6 +510,7 @@ def valid_share(field: Field, fits: SourceFits) -> NDArray[np.float64]:
     out = np.ones(len(fits.x))
     reach = _CUT_SIGMA * fits.sigma_major + field.fwhm_pix
     near = nearest_values(field.depth, fits.x, fits.y) < reach
+    fits = fits._replace(peak=np.where(np.isfinite(fits.peak), 1.0, np.nan))
     for index in np.flatnonzero(near & fits.is_drawable):
         half = int(np.ceil(_CUT_SIGMA * fits.sigma_major[index]))
         x0, y0 = (np.rint(at[[index]]).astype(int) - half for at in (fits.x, fits.y))

@@ -426,7 +426,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
             "0",
             "survey.beam_fwhm_arcsec = 0: must be null or a number > 0",
         ),
-        ("noise.model", "red", "noise.model = 'red': must be one of auto, white"),
+        ("noise.model", "red", "noise.model = 'red': must be one of auto, white, correlated"),
         (
             "background.polynomial_orders",
             [0, 5],
