@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hyperjax.evaluate import score
     from hyperjax.fitting import fit_groups
     from hyperjax.implicit import fit_parameters
+    from hyperjax.injection import Completeness, completeness
     from hyperjax.least_squares import BoundedLevenbergMarquardt
     from hyperjax.maps import Beam, Map, read_map
     from hyperjax.pipeline import Extraction, extract
@@ -49,6 +50,7 @@ __all__ = [
     "Beam",
     "BlankMapError",
     "BoundedLevenbergMarquardt",
+    "Completeness",
     "Config",
     "ConfigError",
     "Extraction",
@@ -66,6 +68,7 @@ __all__ = [
     "OutputError",
     "Simulation",
     "__version__",
+    "completeness",
     "extract",
     "fit_groups",
     "fit_parameters",
@@ -80,10 +83,12 @@ __all__ = [
 _HOME = {
     "Beam": "maps",
     "BoundedLevenbergMarquardt": "least_squares",
+    "Completeness": "injection",
     "Config": "config",
     "Extraction": "pipeline",
     "Map": "maps",
     "Simulation": "simulation",
+    "completeness": "injection",
     "extract": "pipeline",
     "fit_groups": "fitting",
     "fit_parameters": "implicit",

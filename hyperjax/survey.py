@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MapOutcome",
     "SurveyResult",
+    "configured_map",
     "distinct_maps",
     "n_jobs",
     "output_folder",
@@ -402,7 +403,7 @@ def _logged(outcome: MapOutcome, task: _Task, begin_log: Callable[[], Path]) -> 
     logger.info("%s: hyperjax %s", task.path, version("hyperjax"))
     try:
         with timed(outcome.steps, "read", task.name):
-            image = replace(_read(task), name=task.name)
+            image = replace(configured_map(task.path, task.config), name=task.name)
         outcome = replace(outcome, log=begin_log())
         outcome = _extracted(outcome, image, task)
     except HyperjaxError as error:
@@ -458,10 +459,10 @@ _DROPPED = (
 )
 
 
-def _read(task: _Task) -> Map:
-    config = task.config
+def configured_map(path: str | Path, config: Config) -> Map:
+    """Read a map as a configuration says: which extension, unit, beam and frequency."""
     return read_map(
-        task.path,
+        path,
         hdu=config.files.hdu,
         unit=config.units.map_unit,
         beam_fwhm_arcsec=config.survey.beam_fwhm_arcsec,

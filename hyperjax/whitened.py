@@ -489,11 +489,12 @@ def valid_share(field: Field, fits: SourceFits) -> NDArray[np.float64]:
     the root of the share.
     """
     out = np.ones(len(fits.x))
+    unit = fits._replace(peak=np.ones_like(fits.peak))  # a peak may be 0
     near = nearest_values(field.depth, fits.x, fits.y) < _CUT_SIGMA * fits.sigma_major
     for index in np.flatnonzero(near & fits.is_drawable):
         half = int(np.ceil(_CUT_SIGMA * fits.sigma_major[index]))
         x0, y0 = (np.rint(at[[index]]).astype(int) - half for at in (fits.x, fits.y))
-        power = stamps(fits, np.array([index]), x0, y0, 2 * half + 1)[0] ** 2
+        power = stamps(unit, np.array([index]), x0, y0, 2 * half + 1)[0] ** 2
         here, there = overlap(int(x0[0]), int(y0[0]), 2 * half + 1, field.valid.shape)
         out[index] = np.sum(power[here] * field.valid[there]) / np.sum(power)
     return np.maximum(out, _LEAST_VALID)
