@@ -322,14 +322,14 @@ def _run(
     from rich.console import Console
 
     from hyperjax.products import Layout
-    from hyperjax.survey import distinct_maps, n_jobs, output_folder, survey_result
+    from hyperjax.survey import n_jobs, output_folder, planned_names, survey_result
     from hyperjax.survey import run as run_survey
 
     console = Console(stderr=True, quiet=quiet)
     level = logging.DEBUG if debug else logging.INFO
     out, jobs = output_folder(config), n_jobs(config)
     outcomes = run_survey(maps, config, out, jobs, level)
-    names = [path.name for path in distinct_maps(maps)]
+    names = planned_names(maps, config)
     with _log_on_terminal(console, verbose, quiet), closing(outcomes):
         done = list(_with_progress(outcomes, names, jobs, console))
     return survey_result(done, Layout.from_config(config, out))

@@ -29,8 +29,6 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 __all__ = [
-    "NOT_YET",
-    "SWITCH",
     "Background",
     "Config",
     "Control",
@@ -97,6 +95,12 @@ def _increasing(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+def _not_decreasing(limits: tuple[int, int]) -> tuple[int, int]:
+    if not limits[0] <= limits[1]:
+        raise ValueError("the first number must not be above the second")
+    return limits
+
+
 T = TypeVar("T")
 Some = Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_listed)]
 Text = Annotated[str, Field(min_length=1)]
@@ -111,6 +115,7 @@ Epsilon = Annotated[float, Field(ge=1), BeforeValidator(_number)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 Order = Annotated[int, Field(ge=0, le=4), BeforeValidator(_number)]
+Channels = Annotated[tuple[Count, Count], AfterValidator(_not_decreasing)]
 Interval = Annotated[tuple[Number, Number], AfterValidator(_increasing)]
 Hdu = Annotated[Annotated[int, Field(ge=0)] | Text | None, BeforeValidator(_number)]
 SurveyCode = Annotated[Literal[1, 2, 3, 4, 5, 6, 7, 8, 15], BeforeValidator(_number)]
@@ -207,10 +212,18 @@ class Control(_Section):
         description="Stop after the detection: positions, peaks and S/N without any fit.",
     )
     datacube: bool = Field(
-        default=False, description="The maps are cubes; treat every channel as a map."
+        default=False,
+        description="The maps are cubes: treat every channel as a map, and write the cube of their "
+        "backgrounds.",
     )
     dir_datacube_slices: Text = Field(
-        default="maps", description="Folder of the channels of a cube, in paths.output.dir_root."
+        default="maps",
+        description="Folder of the backgrounds of the channels of cubes, in paths.output.dir_root.",
+    )
+    channels: Channels | None = Field(
+        default=None,
+        description="First and last channel of cubes that is treated, from 1; null takes all "
+        "[channel].",
     )
 
 
@@ -577,7 +590,8 @@ class Background(_Section):
     )
     pol_orders_bkg_no_sources: Some[Order] = Field(
         default=(0,),
-        description="Orders of the background of a channel of a cube that has no source [order].",
+        description="Orders of the polynomial that is the background of a channel of a cube "
+        "without a source; the best is kept, 0 is the clipped median [order].",
     )
 
     @model_validator(mode="after")
@@ -595,7 +609,7 @@ class Noise(_Section):
 
     model: Literal["auto", "white", "correlated"] = Field(
         default="auto",
-        description="What the fit takes the noise for. correlated: noise of a power spectrum, which "
+        description="What the fit takes the noise for. correlated: noise of a power spectrum that "
         "is measured on the map itself; sources are found by its matched filter and fitted in "
         "Fourier space, where a smooth background is noise, too. white: pixels are independent; "
         "sources are found and fitted as in HYPER, each on a polynomial. auto: correlated, where "
@@ -728,14 +742,6 @@ class Config(_Section):
             raise ValueError(problem)
         return self
 
-    @model_validator(mode="after")
-    def _only_what_there_is(self) -> "Config":
-        for key, why in NOT_YET.items():
-            if _asked_for(self, key):
-                value = shown(_value(self, key))
-                raise ValueError(f"{key} = {value}: not in this version of hyperjax; {why}")
-        return self
-
 
 # --- Sources that are given ----------------------------------------------------------------------
 
@@ -794,7 +800,7 @@ def _wrong_ellipses(photometry: Photometry, count: int) -> str | None:
     return None
 
 
-# --- What HYPER can do and this version cannot ---------------------------------------------------
+# --- What only the fit of pixels knows ----------------------------------------------------------
 
 _OF_PIXELS = (
     "control.detection_only",
@@ -821,41 +827,9 @@ _OF_PIXELS = (
     "background.polynomial_orders",
 )
 
-_UNAVAILABLE = {
-    "control.datacube": "run the channels as separate two-dimensional maps",
-}
-
-SWITCH = {
-    "control.dir_datacube_slices": "control.datacube",
-    "background.pol_orders_bkg_no_sources": "control.datacube",
-}
-"""Keys that only say how the option of another key works."""
-
-NOT_YET: dict[str, str] = _UNAVAILABLE | {
-    key: _UNAVAILABLE[switch] for key, switch in SWITCH.items()
-}
-"""Keys of HYPER that this version does not act on, and what to use instead.
-
-A value other than the default is refused. A key that only refines another one
-is accepted where that other one is given and off, as in the files that HYPER writes.
-"""
-
-
-def _asked_for(config: Config, key: str) -> bool:
-    """Whether a configuration asks for what this version cannot do."""
-    value = _value(config, key)
-    if value == all_keys()[key].default:
-        return False
-    return not (key in SWITCH and _is_given(config, SWITCH[key]))
-
 
 def _value(config: Config, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
-
-
-def _is_given(config: Config, key: str) -> bool:
-    section, _, name = key.rpartition(".")
-    return name in _value(config, section).model_fields_set
 
 
 # --- What the models say about a key -------------------------------------------------------------
@@ -925,7 +899,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
         case {"const": only}:
             return str(only)
         case {"prefixItems": items}:
-            return f"a list of {len(items)} numbers, the first below the second"
+            kind = "integers >= 1" if items[0].get("type") == "integer" else "numbers"
+            return f"a list of {len(items)} {kind}, the first below the second"
         case {"items": item}:
             return f"a list of at least one item, each {_in_words(item)}"
         case {"pattern": _}:

@@ -20,8 +20,6 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from hyperjax.config import (
-    NOT_YET,
-    SWITCH,
     Config,
     Key,
     all_keys,
@@ -454,10 +452,6 @@ def _key_lines(path: str, key: Key, indent: int) -> list[str]:
     if key.differs is not None:
         hyper = _yaml_value(key.differs.hyper)
         lines += _comment(f"HYPER: {hyper}. Why it differs: {key.differs.why}.", indent)
-    if path in SWITCH:
-        lines += _comment(f"Not in this version yet: see {SWITCH[path]}.", indent)
-    elif path in NOT_YET:
-        lines += _comment(f"Not in this version yet: {NOT_YET[path]}.", indent)
     return [*lines, f"{' ' * indent}{key.name}: {default}"]
 
 

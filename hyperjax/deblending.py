@@ -2,7 +2,7 @@
 
 Alternatives are tried for all blocks at once, on the same windows as the block itself: a source
 cut in two along its major axis; a new source where the residual has a peak; the block without one
-of its sources. What counts is the gain in chi^2.
+of its sources, or with one in the place of all. What counts is the gain in chi^2.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from hyperjax.fitting import CONVERGED, FitOptions, FitResult
-from hyperjax.groups import Windows, members_of
+from hyperjax.groups import Windows, block_of, members_of
 from hyperjax.photometry import quadratic_form
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
@@ -34,7 +34,10 @@ LEAST_SNR_SQUARED = 5.0
 """A source whose total flux is less significant is none."""
 
 _PARAMETERS = 6
-_MISMATCH = 0.05  # of a source's S/N: real sources differ from Gaussians by that
+_MISMATCH = 0.02  # of a source's S/N: what of it is no Gaussian
+_EXTENDED_MISMATCH = 0.25  # the same of an extended source: a disc has that
+_EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
+_LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
 _ROUGH = FitOptions(ftol=2e-3, max_steps=15)  # enough to tell a gain of some tens
 _SMALLEST = 0.7  # of the minor axis: sizes of the halves of a source that is narrower than the beam
 _LEAST_OFFSET = 0.5  # of the halves from the middle, sigma of the beam
@@ -54,11 +57,21 @@ class Peaks(NamedTuple):
 
 
 class _Alternative(NamedTuple):
-    """Another set of sources (k, 6) for a block, in its window, and the chi^2 that it must gain."""
+    """Another set of sources (k, 6) for a block, in its window."""
 
     block: int
     sources: NDArray[np.float64]
-    needed: float
+
+
+class _Trial(NamedTuple):
+    """Fits of alternatives: their costs, the sums of squares of their data, and their sources.
+
+    The sources (k, 6) are on the map; None where one of them is none.
+    """
+
+    cost: NDArray[np.float64]
+    power: NDArray[np.float64]
+    sources: list[NDArray[np.float64] | None]
 
 
 class Verdict(NamedTuple):
@@ -84,8 +97,8 @@ def better_blocks(
     """Put the best alternative of every block in its place, where it is better by enough.
 
     One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
-    Bayesian information criterion), and the square of what a source that is no Gaussian leaves;
-    a source without which less than that is lost goes.
+    Bayesian information criterion), and what sources leave that are no Gaussians, which is more
+    where one of them is extended. Where fewer sources lose less than that, they are put in place.
 
     Parameters
     ----------
@@ -98,25 +111,43 @@ def better_blocks(
     peaks
         Peaks of the residual.
     """
+    if not placed.members:
+        return Verdict(fits, settled, 0)
     which = np.arange(len(placed.members))
     own = members_of(placed, which)
     sources = np.split(in_windows(fits, noise, placed, which), np.flatnonzero(own.slot == 0)[1:])
     options = list(_alternatives(field, noise, fits, settled, placed, peaks, sources))
     tried = np.unique([option.block for option in options]).astype(int)
-    present = [_Alternative(int(block), sources[block], 0.0) for block in tried]
-    cost, results = _tried(field, noise, white, fits, placed, [*present, *options])
-    before = np.full(len(which), np.nan)
-    before[tried] = cost[: len(tried)]
+    present = [_Alternative(int(block), sources[block]) for block in tried]
+    trial = _tried(field, noise, white, fits, placed, [*present, *options])
+    before = dict(zip(tried, zip(trial.cost, trial.power, strict=False), strict=False))
     best: dict[int, tuple[float, NDArray[np.float64]]] = {}
     near = np.zeros(len(which), bool)
-    for option, after, result in zip(
-        options, cost[len(tried) :], results[len(tried) :], strict=True
-    ):
-        gain = 2 * (before[option.block] - after)
-        near[option.block] |= gain > option.needed - abs(option.needed) / 2
-        if result is not None and gain - option.needed > best.get(option.block, (0.0,))[0]:
-            best[option.block] = (gain - option.needed, result)
+    for place, option in enumerate(options, len(tried)):
+        block, result = option.block, trial.sources[place]
+        cost, power = before[block]
+        more = len(option.sources) - len(sources[block])
+        fewer = sources[block] if more > 0 else option.sources if result is None else result
+        parameters = field.config.detection.sigma_thres**2 + _PARAMETERS * np.log(
+            int(placed.side[block]) ** 2
+        )
+        worth = abs(more) * parameters + _mismatch(field, fewer) ** 2 * (power - 2 * cost)
+        gain = 2 * (cost - trial.cost[place]) - np.sign(more) * worth
+        near[block] |= gain > -worth / 2
+        if result is not None and gain > best.get(block, (0.0,))[0]:
+            best[block] = (gain, result)
     return _replaced(fits, noise, placed, best, near)
+
+
+def _mismatch(field: Field, sources: NDArray[np.float64]) -> float:
+    """What sources (k, 6) leave where they are no Gaussians, as a part of them."""
+    return float(np.max(non_gaussian(field, sources[:, 4])))
+
+
+def non_gaussian(field: Field, sigma_minor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What each source (k,) may leave where it is no Gaussian, as a part of it."""
+    is_extended = sigma_minor > _EXTENDED * field.sigma_pix
+    return np.where(is_extended, _EXTENDED_MISMATCH, _MISMATCH)
 
 
 def _alternatives(
@@ -133,27 +164,45 @@ def _alternatives(
     distance, nearest = KDTree(np.column_stack([fits.x, fits.y])).query(
         np.column_stack([peaks.x, peaks.y])
     )
-    nearest = np.where(distance < NEAR_FWHM * field.fwhm_pix, nearest, -1)
-    for block, members in enumerate(placed.members):
-        own = sources[block]
-        mismatch = _MISMATCH * strength[members].max()
-        needed = (
-            field.config.detection.sigma_thres**2
-            + _PARAMETERS * np.log(placed.side[block] ** 2)
-            + mismatch**2
-        )
+    near = np.flatnonzero(distance < NEAR_FWHM * field.fwhm_pix)
+    block = block_of(placed)[nearest[near]]
+    order = np.argsort(block, kind="stable")
+    ends = np.searchsorted(block[order], np.arange(len(placed.members) + 1))
+    for index, members in enumerate(placed.members):
+        own = sources[index]
         room = len(members) < SLOTS[-1]
         fresh = not settled[members].all()
         for slot, source in enumerate(members):
             rest = np.delete(own, slot, 0)
-            if room and fresh and strength[source] ** 2 > needed:
-                yield _Alternative(block, np.vstack([rest, halves(own[slot], field)]), needed)
+            if room and fresh and strength[source] ** 2 > _LEAST_SPLIT:
+                yield _Alternative(index, np.vstack([rest, halves(own[slot], field)]))
             if fresh and len(members) > 1:
-                yield _Alternative(block, rest, -needed)
-        if room:
-            for new in np.flatnonzero(np.isin(nearest, members)):
-                added = _in_window(peaks, int(new), field, noise, placed, block)
-                yield _Alternative(block, np.vstack([own, added]), needed)
+                yield _Alternative(index, rest)
+        if fresh and len(members) > 2:
+            yield _Alternative(index, merged(own))
+        for new in near[order[ends[index] : ends[index + 1]]] if room else ():
+            added = _in_window(peaks, int(new), field, noise, placed, index)
+            yield _Alternative(index, np.vstack([own, added]))
+
+
+def merged(sources: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One source (1, 6) in the place of several, with the same second moments."""
+    peak, x, y, major, minor, theta = sources.T
+    flux = peak * major * minor
+    share = flux / flux.sum()
+    axis = np.stack([np.cos(theta), np.sin(theta)], 1)
+    across = np.stack([-np.sin(theta), np.cos(theta)], 1)
+    middle = np.array([share @ x, share @ y])
+    offset = np.column_stack([x, y]) - middle
+    spread = (
+        np.einsum("k,ki,kj->ij", share * major**2, axis, axis)
+        + np.einsum("k,ki,kj->ij", share * minor**2, across, across)
+        + np.einsum("k,ki,kj->ij", share, offset, offset)
+    )
+    squares, axes = np.linalg.eigh(spread)
+    small, large = np.sqrt(squares)
+    angle = np.arctan2(axes[1, 1], axes[0, 1]) % np.pi
+    return np.array([[flux.sum() / (small * large), *middle, large, small, angle]])
 
 
 def halves(source: NDArray[np.float64], field: Field) -> NDArray[np.float64]:
@@ -189,9 +238,9 @@ def _tried(
     fits: SourceFits,
     placed: Windows,
     options: list[_Alternative],
-) -> tuple[NDArray[np.float64], list[NDArray[np.float64] | None]]:
-    """Cost of each alternative and its sources on the map, None where one of them is none."""
-    cost = np.full(len(options), np.inf)
+) -> _Trial:
+    """Fit all alternatives."""
+    cost, power = np.full(len(options), np.inf), np.zeros(len(options))
     sources: list[NDArray[np.float64] | None] = [None] * len(options)
     block = np.array([option.block for option in options], int)
     count = np.array([len(option.sources) for option in options], int)
@@ -209,13 +258,14 @@ def _tried(
                 field, data[window], weight[window], starts, row, int(kind), int(side), _ROUGH
             )
             cost[which] = result.cost
+            power[which] = np.sum(data[window] ** 2, axis=(1, 2))
             sound = _are_sources(result, row)
             for i, option in enumerate(which):
                 if sound[i]:
                     corner = np.full(count[option], block[option])
                     params = result.params[i, : count[option]]
                     sources[option] = on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
-    return cost, sources
+    return _Trial(cost, power, sources)
 
 
 def _are_sources(result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:

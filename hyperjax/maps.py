@@ -30,6 +30,7 @@ from astropy.wcs import WCS, FITSFixedWarning, WcsError
 from astropy.wcs.utils import pixel_to_skycoord, proj_plane_pixel_scales, wcs_to_celestial_frame
 from numpy.polynomial import chebyshev
 from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 
 from hyperjax.errors import (
     BlankMapError,
@@ -67,6 +68,8 @@ FloatArray: TypeAlias = NDArray[np.float64]
 FWHM_PER_SIGMA = math.sqrt(8.0 * math.log(2.0))
 """FWHM of a Gaussian of unit standard deviation."""
 
+_LEAST_ZEROS = 16  # pixels of an area that is blank
+_FADED = 1e-3  # of the usual brightness: less is the wing of a model
 _ARCSEC = math.radians(1.0 / 3600.0)
 
 
@@ -663,14 +666,80 @@ def read_map(
     path = Path(path)
     with _mended_headers_unsaid():
         header, wcs, data = _read_image(path, hdu)
+    return map_of_plane(
+        path,
+        header,
+        wcs,
+        data,
+        unit=unit,
+        beam_fwhm_arcsec=beam_fwhm_arcsec,
+        survey_code=survey_code,
+        frequency_ghz=frequency_ghz,
+    )
+
+
+def map_of_plane(
+    path: Path,
+    header: fits.Header,
+    wcs: WCS,
+    data: FloatArray,
+    *,
+    unit: str | None = None,
+    beam: Beam | None = None,
+    beam_fwhm_arcsec: float | None = None,
+    survey_code: int = BEAM_IN_HEADER,
+    frequency_ghz: float | None = None,
+) -> Map:
+    """Make a map of an image that was read, as `read_map` does; `data` is changed.
+
+    Parameters
+    ----------
+    path, header, wcs : Path, Header, WCS
+        Where the image is from, its header and its full coordinates.
+    data : ndarray
+        (ny, nx) in the header's unit, longitude along the rows.
+    beam : Beam, optional
+        In place of all others.
+    unit, beam_fwhm_arcsec, survey_code, frequency_ghz
+        As in `read_map`.
+    """
+    with _mended_headers_unsaid():
         celestial, frame = _celestial(wcs, data.shape, path)
-        beam = _beam(header, path, beam_fwhm_arcsec, survey_code)
+        beam = beam or _beam(header, path, beam_fwhm_arcsec, survey_code)
         native_unit = _unit(header, path, unit)
         in_kelvin = native_unit.is_equivalent(u.K)
         frequency = _frequency(header, wcs, path, frequency_ghz) if in_kelvin else None
     native_per_jy_beam = _native_per_jy_beam(native_unit, beam, celestial, data.shape, frequency)
     data /= native_per_jy_beam
+    zeros = blank_zeros(data)
+    if zeros.any():
+        logger.info("%s: %d pixels that are exactly 0 are taken as blank", path, zeros.sum())
+        data[zeros] = np.nan
     return Map(map_name(path), path, data, celestial, beam, native_unit, native_per_jy_beam, frame)
+
+
+def blank_zeros(data: FloatArray) -> NDArray[np.bool_]:
+    """Pixels that are blank, though they hold 0 and not NaN.
+
+    They lie in connected areas of exact zeros, of sixteen pixels at least, at whose edge the map
+    begins with values of its usual size. Zeros among noise are none, nor are those that the model
+    of a map without noise fades into.
+    """
+    zero = data == 0
+    if not zero.any():
+        return zero
+    labels, count = ndimage.label(zero)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    usual = np.median(np.abs(data[np.isfinite(data) & ~zero])) if not zero.all() else 0.0
+    edge = ndimage.grey_dilation(labels, size=3)
+    beside = (edge > 0) & np.isfinite(data) & ~zero
+    brightness = np.full(count + 1, np.inf)  # of areas between pixels that are blank
+    index = np.unique(edge[beside])
+    if index.size:
+        brightness[index] = ndimage.median(np.abs(data[beside]), edge[beside], index)
+    blank = (areas >= _LEAST_ZEROS) & (brightness > _FADED * usual)
+    blank[0] = False
+    return np.asarray(blank[labels])
 
 
 @contextmanager
@@ -716,9 +785,9 @@ def _read_image(path: Path, hdu: int | str | None) -> tuple[fits.Header, WCS, Fl
     if not path.is_file():
         fault = "is a folder, not a map" if path.is_dir() else "no such file"
         raise MissingFileError(f"{path}: {fault}; give the path of a FITS file")
-    with _opened(path) as hdus:
-        image = _image_hdu(hdus, path, hdu)
-        wcs = _full_wcs(image.header, hdus, path)
+    with open_map(path) as hdus:
+        image = hdu_of_image(hdus, path, hdu)
+        wcs = full_wcs(image.header, hdus, path)
         rows, columns = _celestial_axes(image.shape, wcs, path)
         with _fits_errors(path):
             plane = _plane(image.data, rows, columns)
@@ -729,7 +798,7 @@ def _read_image(path: Path, hdu: int | str | None) -> tuple[fits.Header, WCS, Fl
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[fits.HDUList]:
+def open_map(path: Path) -> Iterator[fits.HDUList]:
     """Open a FITS file; unsigned integers as scaled ones, since astropy forgets BLANK on them."""
     with ExitStack() as stack:
         with _fits_errors(path):
@@ -745,7 +814,7 @@ def _plane(data: NDArray[Any], rows: int, columns: int) -> FloatArray:
     return np.array(plane, dtype=np.float64, order="C")
 
 
-def _image_hdu(hdus: fits.HDUList, path: Path, which: int | str | None) -> Any:
+def hdu_of_image(hdus: fits.HDUList, path: Path, which: int | str | None) -> Any:
     """HDU asked for by number or name, or the first that holds an image."""
     with _fits_errors(path):
         if which is None:
@@ -787,7 +856,7 @@ def _refuse_blank(data: FloatArray, path: Path) -> None:
     )
 
 
-def _full_wcs(header: fits.Header, hdus: fits.HDUList, path: Path) -> WCS:
+def full_wcs(header: fits.Header, hdus: fits.HDUList, path: Path) -> WCS:
     """Coordinates of all axes of an image, or where SIP distorts the first two of these.
 
     Astropy takes distortions with two axes only.
@@ -827,8 +896,8 @@ def _celestial_axes(shape: tuple[int, ...], wcs: WCS, path: Path) -> tuple[int, 
         )
     if channels > 1:
         raise NoImageError(
-            f"{path}: a cube of {channels} channels, and datacubes are not supported in this "
-            "version; write the plane that you want to a file of its own"
+            f"{path}: a cube of {channels} channels; set control.datacube to true, which treats "
+            "each as a map, or write the plane that you want to a file of its own"
         )
     return rows, columns
 

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from hyperjax.deblending import LEAST_SNR_SQUARED, NEAR_FWHM, Peaks, better_blocks
+from hyperjax.deblending import (
+    LEAST_SNR_SQUARED,
+    NEAR_FWHM,
+    Peaks,
+    better_blocks,
+    non_gaussian,
+)
+from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.spectrum import matched
@@ -31,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
+_NEIGHBOURS = 8  # sources near a peak that are looked at
 _ROUNDS = 6
 _FINAL_SWEEPS = 2
 
@@ -127,8 +135,25 @@ def _isolated(
     if len(fits.x):
         distance = KDTree(_positions(fits)).query(np.column_stack([bright.x, bright.y]))[0]
         bright = bright.take(distance >= NEAR_FWHM * field.fwhm_pix)
+        bright = bright.take(_stand_out(field, fits, bright))
     new = fit_new(field, noise, white, _as_sources(field, bright))
     return new.take(np.flatnonzero(_is_source(new, threshold)))
+
+
+def _stand_out(field: Field, fits: SourceFits, peaks: Peaks) -> NDArray[np.bool_]:
+    """Whether peaks (n,) are brighter than what sources near them may leave.
+
+    A source may leave its share within its major FWHM and one of the beam's.
+    """
+    count = min(_NEIGHBOURS, len(fits.x))
+    distance, index = KDTree(_positions(fits)).query(
+        np.column_stack([peaks.x, peaks.y]), k=np.arange(1, count + 1)
+    )
+    reach = FWHM_PER_SIGMA * fits.sigma_major + field.fwhm_pix
+    left = non_gaussian(field, fits.sigma_minor) * fits.peak
+    return np.asarray(
+        np.all((distance > reach[index]) | (peaks.peak[:, None] > left[index]), axis=1)
+    )
 
 
 def _positions(fits: SourceFits) -> NDArray[np.float64]:

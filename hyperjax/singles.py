@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _MANY = 60  # pictures that are worth another process
 
-__all__ = ["draw_again", "finished_maps", "read_scene", "write_singles"]
+__all__ = ["draw_again", "finished_maps", "folders", "read_scene", "write_singles"]
 
 
 def write_singles(extraction: Extraction, root: Path, workers: int = 1) -> list[Path]:

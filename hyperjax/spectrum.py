@@ -20,7 +20,7 @@ _LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
 _FLOOR = 1e-4  # of the peak of the power
 _FILLED = 0.5  # least valid share of a segment, tapered
 _MOST_FITTED = 0.8  # share of the power of a mode that the fits may have taken with them
-_AVERAGED = 60.0  # measurements that the power of each mode should be the mean of
+_AVERAGED = 200.0  # measurements that the power of each mode should be the mean of
 _LEAST_WIDTH = 0.7  # standard deviation, in modes, of what they are averaged under
 
 

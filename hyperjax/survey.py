@@ -23,7 +23,7 @@ from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from astropy.table import QTable
@@ -31,6 +31,7 @@ from astropy.table import QTable
 from hyperjax.catalog import merge_catalogs
 from hyperjax.config import Config
 from hyperjax.config_io import config_from_dict, find_or_offer_config, load_config, map_paths
+from hyperjax.cubes import channel_name, cube_at, read_channel, slice_name, write_cube, write_slice
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.files import remove_temporaries
 from hyperjax.forced import given_sources
@@ -38,7 +39,7 @@ from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
-from hyperjax.singles import write_singles
+from hyperjax.singles import folders, write_singles
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -50,6 +51,7 @@ __all__ = [
     "distinct_maps",
     "n_jobs",
     "output_folder",
+    "planned_names",
     "run",
     "run_hyper",
     "survey_result",
@@ -189,6 +191,7 @@ class _Task:
     layout: Layout
     log_level: int
     cores: int | None = None  # that the fit may use; all of them if None
+    channel: int | None = None  # of a cube, from 1
 
 
 # --- The survey ----------------------------------------------------------------------------------
@@ -282,12 +285,12 @@ def run(
     given_sources(config)
     layout = Layout.from_config(config, Path(out).absolute())
     _refuse_unwritable(layout)
-    names = _unique_names(distinct_maps(maps), config)
-    workers = min(jobs, len(names))
+    planned = _planned(maps, config)
+    workers = min(jobs, len(planned))
     cores = max(1, usable_cores() // workers) if workers > 1 else None
     tasks = [
-        _Task(path, name, index, config, layout, log_level, cores)
-        for index, (path, name) in enumerate(names.items())
+        _Task(each.path, each.name, index, config, layout, log_level, cores, each.channel)
+        for index, each in enumerate(planned)
     ]
     with log_file(layout.logs / config.files.file_log_name, names=(__name__,)) as begin_log:
         _log_what_was_asked(maps, tasks, config)
@@ -298,6 +301,57 @@ def run(
             outcomes.append(outcome)
             yield outcome
         _write_all(survey_result(outcomes, layout))
+        if config.control.datacube:
+            _write_cubes(tasks, outcomes)
+
+
+class _Planned(NamedTuple):
+    """A map, or a channel of a cube, and its name in the products."""
+
+    path: Path
+    name: str
+    channel: int | None = None
+
+
+def _planned(maps: Sequence[str | Path], config: Config) -> list[_Planned]:
+    """Each map once, and each channel of cubes."""
+    out: list[_Planned] = []
+    for path, name in _unique_names(distinct_maps(maps), config).items():
+        cube = cube_at(path, config.files.hdu) if config.control.datacube else None
+        if cube is None:
+            out.append(_Planned(path, name))
+            continue
+        chosen = cube.chosen(config.control.channels)
+        out += [_Planned(path, channel_name(name, channel), channel) for channel in chosen]
+    return out
+
+
+def planned_names(maps: Sequence[str | Path], config: Config) -> list[str]:
+    """Return the names of the files, and channels, in the order in which they are worked on."""
+    return [
+        each.path.name if each.channel is None else each.name for each in _planned(maps, config)
+    ]
+
+
+def _slice_file(task: _Task) -> Path:
+    """The file of the background of a channel."""
+    folder = task.layout.root / task.config.control.dir_datacube_slices
+    return folder / slice_name(task.name)
+
+
+def _write_cubes(tasks: Sequence[_Task], outcomes: Sequence[MapOutcome]) -> None:
+    """Write the backgrounds of the channels of each cube as one cube."""
+    finished = {outcome.index for outcome in outcomes if outcome.ok}
+    for path in dict.fromkeys(task.path for task in tasks if task.channel is not None):
+        own = [task for task in tasks if task.path == path and task.channel is not None]
+        slices = {
+            int(task.channel or 0): _slice_file(task) for task in own if task.index in finished
+        }
+        cube = cube_at(path, own[0].config.files.hdu)
+        if cube is not None and slices:
+            name = own[0].name.removesuffix(channel_name("", int(own[0].channel or 0)))
+            target = write_cube(cube, slices, own[0].layout.image(name, "background_cube"))
+            logger.info("%s: %d channels, backgrounds in %s", path, len(slices), target)
 
 
 def _write_all(result: SurveyResult) -> None:
@@ -340,9 +394,9 @@ def _log_what_was_asked(maps: Sequence[str | Path], tasks: Sequence[_Task], conf
     logger.info("options that were set: %s", config.model_dump(exclude_unset=True))
     times = Counter(Path(path).resolve() for path in maps)
     for task in tasks:
-        if times[task.path.resolve()] > 1:
+        if times[task.path.resolve()] > 1 and task.channel in (None, tasks[0].channel):
             logger.warning("%s: given more than once, worked on once", task.path)
-        if task.name != map_name(task.path):
+        if task.channel is None and task.name != map_name(task.path):
             logger.info("%s: its products are named %s", task.path, task.name)
 
 
@@ -403,7 +457,7 @@ def _logged(outcome: MapOutcome, task: _Task, begin_log: Callable[[], Path]) -> 
     logger.info("%s: hyperjax %s", task.path, version("hyperjax"))
     try:
         with timed(outcome.steps, "read", task.name):
-            image = replace(configured_map(task.path, task.config), name=task.name)
+            image = replace(_read(task), name=task.name)
         outcome = replace(outcome, log=begin_log())
         outcome = _extracted(outcome, image, task)
     except HyperjaxError as error:
@@ -431,10 +485,15 @@ def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
     steps.update(extraction.seconds)
     if len(extraction.catalog) == 0:
         logger.warning("%s", _why_empty(extraction))
-    with timed(steps, "single fits", task.name):
-        singles = write_singles(extraction, task.layout.root, task.cores or usable_cores())
+    singles: list[Path] = []
+    if any(folders(task.config, task.layout.root)):
+        with timed(steps, "single fits", task.name):
+            cores = task.cores or usable_cores()
+            singles = write_singles(extraction, task.layout.root, cores)
     with timed(steps, "write", task.name):
         files = (*write_extraction(extraction, task.layout), *singles)
+        if task.channel is not None:
+            files = (*files, write_slice(extraction, _slice_file(task)))
     rms = float(np.nanmedian(extraction.rms))
     return replace(outcome, catalog=extraction.catalog, rms=rms, files=files)
 
@@ -457,6 +516,12 @@ _DROPPED = (
     " but is too close to an edge (photometry.aper_inf) or has not the shape of a source "
     "(detection.roundlim, sharplim, shoulder_filter)"
 )
+
+
+def _read(task: _Task) -> Map:
+    if task.channel is not None:
+        return read_channel(task.path, task.channel, task.config)
+    return configured_map(task.path, task.config)
 
 
 def configured_map(path: str | Path, config: Config) -> Map:

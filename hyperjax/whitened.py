@@ -83,6 +83,23 @@ class Field:
         return np.asarray(ndimage.distance_transform_edt(np.pad(self.valid, 1))[1:-1, 1:-1])
 
     @cached_property
+    def taper(self) -> NDArray[np.float64]:
+        """Factor (ny, nx) by which noise fades to 0 towards blank pixels, over a beam FWHM.
+
+        An edge of the noise would be amplified by the whitening. The edge of the map is none: there
+        noise is continued by its mirror image.
+        """
+        if self.valid.all():
+            return np.ones(self.data.shape)
+        depth = ndimage.distance_transform_edt(self.valid)
+        return np.asarray(np.sin(np.pi / 2 * np.minimum(depth / self.fwhm_pix, 1.0)) ** 2)
+
+    @property
+    def inner(self) -> NDArray[np.bool_]:
+        """Where the noise is whole."""
+        return self.taper == 1
+
+    @cached_property
     def high_pass(self) -> HighPass:
         """The filter."""
         return HighPass(self.valid, self.box)
@@ -130,7 +147,9 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
 
 def first_noise(field: Field) -> Noise | None:
     """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had."""
-    image, valid = _filtered(field, None), field.valid
+    image, valid = _filtered(field, None), field.inner
+    if not valid.any():
+        return None
     scale = local_rms(image, valid, _LOCAL_FWHM * field.fwhm_pix)
     if not np.all(scale > 0):
         return None
@@ -147,7 +166,7 @@ def updated_noise(field: Field, noise: Noise, fits: SourceFits) -> Noise:
     """Noise of a map without the fitted sources."""
     unit = _filtered(field, fits) / noise.scale
     fitted = fitted_power(field, noise, fits)
-    spectrum = measure_spectrum(unit, field.valid, noise.spectrum, fitted) or noise.spectrum
+    spectrum = measure_spectrum(unit, field.inner, noise.spectrum, fitted) or noise.spectrum
     return _normalised(field, Noise(noise.scale, spectrum), unit)
 
 
@@ -156,13 +175,13 @@ def _normalised(field: Field, noise: Noise, unit: NDArray[np.float64]) -> Noise:
     white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
     snr, _ = matched(white, noise.spectrum, field.sigma_pix)
     width = _LOCAL_FWHM * field.fwhm_pix
-    return noise._replace(scale=noise.scale * local_rms(snr, field.valid, width))
+    return noise._replace(scale=noise.scale * local_rms(snr, field.inner, width))
 
 
 def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
-    """The high-pass filtered map without sources, 0 where blank."""
+    """The high-pass filtered map without sources, faded to 0 where blank."""
     left = field.data if fits is None else field.data - render_sources(field.data.shape, fits)
-    return np.nan_to_num(field.high_pass(left))
+    return np.nan_to_num(field.high_pass(left)) * field.taper
 
 
 def white_residual(field: Field, noise: Noise, fits: SourceFits | None) -> NDArray[np.float64]:
@@ -483,20 +502,21 @@ def _store(
 
 
 def valid_share(field: Field, fits: SourceFits) -> NDArray[np.float64]:
-    """Share (n,) of each source's own power that lies on valid pixels.
+    """Share (n,) of each source's own power that lies on valid pixels, as far as these count.
 
     The fit takes blank pixels for what the model says there, so that its errors are too small: by
     the root of the share.
     """
     out = np.ones(len(fits.x))
-    unit = fits._replace(peak=np.ones_like(fits.peak))  # a peak may be 0
-    near = nearest_values(field.depth, fits.x, fits.y) < _CUT_SIGMA * fits.sigma_major
+    reach = _CUT_SIGMA * fits.sigma_major + field.fwhm_pix
+    near = nearest_values(field.depth, fits.x, fits.y) < reach
+    fits = fits._replace(peak=np.where(np.isfinite(fits.peak), 1.0, np.nan))
     for index in np.flatnonzero(near & fits.is_drawable):
         half = int(np.ceil(_CUT_SIGMA * fits.sigma_major[index]))
         x0, y0 = (np.rint(at[[index]]).astype(int) - half for at in (fits.x, fits.y))
-        power = stamps(unit, np.array([index]), x0, y0, 2 * half + 1)[0] ** 2
+        power = stamps(fits, np.array([index]), x0, y0, 2 * half + 1)[0] ** 2
         here, there = overlap(int(x0[0]), int(y0[0]), 2 * half + 1, field.valid.shape)
-        out[index] = np.sum(power[here] * field.valid[there]) / np.sum(power)
+        out[index] = np.sum(power[here] * field.taper[there] ** 2) / np.sum(power)
     return np.maximum(out, _LEAST_VALID)
 
 

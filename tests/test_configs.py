@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 
-from hyperjax.config import NOT_YET, all_keys
+from hyperjax.config import all_keys
 from hyperjax.config_io import OLDER_KEYS, config_from_dict, load_config
-from hyperjax.errors import ConfigError
 from hyperjax.maps import brightness_unit
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "configs"
-REFUSAL = "tests/test_config.py::test_what_is_not_there_yet_is_refused_with_an_alternative"
 
 ROW = re.compile(r"^\| `([\w.]+)` \| (.+) \| `([\w/.]+::\w+)` \|$", re.MULTILINE)
 TABLE = {key: (what, test) for key, what, test in ROW.findall((CONFIGS / "README.md").read_text())}
@@ -35,24 +33,16 @@ def test_the_table_has_every_key_of_both_dialects_once() -> None:
 
 @pytest.mark.parametrize("key", [*all_keys(), *OLDER_KEYS])
 def test_every_key_has_a_test_that_exists(key: str) -> None:
-    """One that is not there yet has the test of its refusal, and no other key has that."""
     _, test = TABLE[key]
     path, name = test.split("::")
     assert name.startswith("test_")
     assert name in names_of_tests(TESTS.parent / path)
-    assert (test == REFUSAL) == (key in NOT_YET)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_loads(path: Path) -> None:
-    """One that needs what is not there yet passes as soon as it is."""
     assert f"`{path.name}`" in (CONFIGS / "README.md").read_text(encoding="utf-8")
-    try:
-        config = load_config(path)
-    except ConfigError as error:
-        if "not in this version of hyperjax" in str(error):
-            pytest.xfail(str(error))
-        raise
+    config = load_config(path)
     assert config.files.file_map_name is not None or path.stem == "default"
     assert config.base_dir == CONFIGS
     if config.units.map_unit is not None:

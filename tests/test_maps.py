@@ -37,6 +37,7 @@ from hyperjax.errors import (
 from hyperjax.maps import (
     Beam,
     beam_for_survey,
+    blank_zeros,
     brightness_unit,
     local_geometry,
     pixel_area_map,
@@ -45,6 +46,7 @@ from hyperjax.maps import (
     sky_covariance,
     sky_ellipse,
 )
+from hyperjax.simulation import Simulation, simulate, write_simulation
 
 NY, NX = 30, 40
 PIXEL_DEG = 2.0 / 3600.0
@@ -819,7 +821,7 @@ BAD = {
     "cut gzip": (cut_gzip, NotFitsError, ["cut short"]),
     "no data": (no_data, NoImageError, ["no image"]),
     "spectrum": (spectrum, NoImageError, ["no image"]),
-    "cube": (cube, NoImageError, ["cube of 12 channels", "not supported in this version"]),
+    "cube": (cube, NoImageError, ["cube of 12 channels", "control.datacube"]),
     "four axes": (cube_of_planes, NoImageError, ["cube of 12 channels", "plane"]),
     "linear axes": (linear, MissingWcsError, ["no celestial coordinates"]),
     "no WCS": (no_wcs, MissingWcsError, ["no celestial coordinates"]),
@@ -890,3 +892,48 @@ def test_bad_option_is_refused_in_one_line(
 
 def test_public_names() -> None:
     assert all(hasattr(maps, name) for name in maps.__all__)
+
+
+def noise_with_zeros() -> maps.FloatArray:
+    data = np.random.default_rng(3).normal(size=(60, 70))
+    data[:5], data[30:40, 20:33] = 0, 0  # a border and a hole
+    return data
+
+
+def test_areas_of_zeros_are_blank() -> None:
+    data = noise_with_zeros()
+    assert_array_equal(blank_zeros(data), data == 0)
+
+
+def test_zeros_between_blank_pixels_are_blank() -> None:
+    data = noise_with_zeros()
+    data[5:10] = np.nan
+    assert_array_equal(blank_zeros(data), data == 0)
+
+
+def test_single_zeros_are_values() -> None:
+    """As in maps of whole numbers."""
+    data = np.rint(np.random.default_rng(4).normal(0, 4, (500, 500)))
+    assert (data == 0).mean() > 0.09
+    assert not blank_zeros(data).any()
+    sparse = np.random.default_rng(5).normal(size=(50, 50))
+    sparse[::7, ::5] = 0
+    assert not blank_zeros(sparse).any()
+
+
+def test_zeros_that_a_source_without_noise_fades_into_are_values() -> None:
+    y, x = np.mgrid[:200, :200]
+    data = np.exp(-((x - 100) ** 2 + (y - 100) ** 2) / 2)
+    assert (data == 0).mean() > 0.8
+    assert not blank_zeros(data).any()
+
+
+def test_a_map_with_zeros_is_read_as_one_with_nan(tmp_path: Path) -> None:
+    simulation = simulate(
+        Simulation(shape=(90, 90), n_sources=1, border_pix=6, blank="zero", seed=8)
+    )
+    write_simulation(simulation, tmp_path / "zero.fits")
+    blank = np.isnan(read_map(tmp_path / "zero.fits").data)
+    assert blank[:6].all()
+    assert blank[:, -6:].all()
+    assert not blank[6:-6, 6:-6].any()

@@ -71,6 +71,8 @@ def one_source(image: Any, config: Config) -> Any:
         background=nothing,
         residual=image.data,
         rms=np.full(image.shape, 1e-3),
+        separate=None,
+        covariances=None,
         seconds={"fit": 0.25},
     )
 

@@ -1,0 +1,281 @@
+"""Datacubes: their channels are maps, and their backgrounds make a cube like the input."""
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from astropy import units as u
+from astropy.io import fits
+from astropy.table import QTable, Table
+from astropy.wcs import WCS
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from hyperjax.cli import app
+from hyperjax.config_io import config_from_dict
+from hyperjax.cubes import cube_at, read_channel
+from hyperjax.errors import ConfigError, MissingWcsError
+from hyperjax.maps import read_map
+from hyperjax.simulation import Simulation, simulate
+from hyperjax.survey import run_hyper
+
+SHAPE = (90, 100)
+CHANNELS = 5
+EMPTY, BLANK = 3, 4  # channels without a source, and without a value
+SKY = Simulation(shape=SHAPE, n_sources=6, seed=2, noise="white", snr_range=(20.0, 60.0))
+
+
+class Made:
+    """A cube of (Stokes, channel, y, x) with a beam for each channel."""
+
+    def __init__(self, path: Path, unit: str = "Jy/beam", stokes: bool = True) -> None:
+        self.path = path
+        channels = [simulate(replace(SKY, seed=7 + n)) for n in range(1, CHANNELS + 1)]
+        self.backgrounds: list[NDArray[np.float64]] = []
+        planes = []
+        for number, made in enumerate(channels, start=1):
+            smooth = made.background
+            plane = made.data
+            if number == EMPTY:
+                y, x = np.indices(SHAPE)
+                smooth = 1e-3 * (2 + 0.05 * x - 0.03 * y)
+                plane = smooth + made.noise
+            self.backgrounds.append(smooth)
+            planes.append(np.full(SHAPE, np.nan) if number == BLANK else plane)
+        self.planes = np.array(planes)
+        header = channels[0].header.copy()
+        header["CTYPE3"], header["CUNIT3"], header["CRPIX3"] = "FREQ", "Hz", 1.0
+        header["CRVAL3"], header["CDELT3"] = 100e9, 1e9
+        if stokes:
+            header["CTYPE4"], header["CRPIX4"], header["CRVAL4"] = "STOKES", 1.0, 1.0
+            header["CDELT4"] = 1.0
+        header["BUNIT"], header["CASAMBM"] = unit, True
+        for key in ("BMAJ", "BMIN", "BPA"):
+            header.remove(key)
+        data = self.planes[None] if stokes else self.planes
+        image = fits.PrimaryHDU(data.astype(np.float32), header)
+        major = channels[0].options.beam_fwhm_arcsec * (1 + 0.02 * np.arange(CHANNELS))
+        self.major = major
+        table = Table(
+            {
+                "BMAJ": major * u.arcsec,
+                "BMIN": major * u.arcsec,
+                "BPA": np.zeros(CHANNELS) * u.deg,
+                "CHAN": np.arange(CHANNELS, dtype=np.int32),
+                "POL": np.zeros(CHANNELS, np.int32),
+            }
+        )
+        beams = fits.BinTableHDU(table, name="BEAMS")
+        fits.HDUList([image, beams]).writeto(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("cube") / "c.fits")
+
+
+def options_for(path: Path, out: Path, **more: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "files": {"file_map_name": str(path)},
+        "paths": {"output": {"dir_root": str(out)}},
+        "control": {"datacube": True, "n_cores": 1, "dir_datacube_slices": "slices"},
+        "background": {"pol_orders_bkg_no_sources": [0, 1]},
+    }
+    for section, keys in more.items():
+        options[section] = {**options.get(section, {}), **keys}
+    return options
+
+
+class Ran:
+    def __init__(self, made: Made, out: Path, **more: Any) -> None:
+        self.out = out
+        self.result = run_hyper(config_from_dict(options_for(made.path, out, **more)))
+        assert self.result.exit_code == 0, [o.traceback for o in self.result.failed]
+        self.cube = out / "fits" / "c_background_cube.fits"
+
+
+@pytest.fixture(scope="module")
+def ran(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return Ran(made, tmp_path_factory.mktemp("ran"))
+
+
+# --- Channels ------------------------------------------------------------------------------------
+
+
+def test_channels_with_data_are_found(made: Made) -> None:
+    cube = cube_at(made.path, None)
+    assert cube is not None
+    assert (cube.channels, cube.usable) == (CHANNELS, (1, 2, 3, 5))
+    assert cube.chosen((2, 4)) == [2, 3]
+    with pytest.raises(ConfigError, match=r"control\.channels = \[4, 4\]: .* has 5 channels"):
+        cube.chosen((4, 4))
+
+
+@pytest.mark.parametrize("channel", [1, 5])
+def test_a_channel_is_a_map_with_its_own_beam(made: Made, channel: int) -> None:
+    map_ = read_channel(made.path, channel, config_from_dict({}))
+    assert map_.beam.major_arcsec == pytest.approx(made.major[channel - 1])
+    assert_allclose(map_.data, made.planes[channel - 1], rtol=1e-6)
+    wanted = {"survey": {"beam_fwhm_arcsec": 7.0}}
+    assert read_channel(made.path, channel, config_from_dict(wanted)).beam.major_arcsec == 7
+
+
+def test_a_channel_in_kelvin_has_its_own_frequency(tmp_path: Path) -> None:
+    made = Made(tmp_path / "k.fits", unit="K", stokes=False)
+    for channel in (1, 5):
+        map_ = read_channel(made.path, channel, config_from_dict({}))
+        kelvin = u.brightness_temperature(
+            (99 + channel) * u.GHz, map_.beam.area_arcsec2 * u.arcsec**2
+        )
+        ratio = (1 * u.K).to_value(u.Jy, kelvin)
+        assert_allclose(map_.data, ratio * made.planes[channel - 1], rtol=1e-4)
+
+
+def test_one_channel_is_read_not_the_cube(tmp_path: Path) -> None:
+    path = tmp_path / "large.fits"
+    header = simulate(SKY).header
+    header["CTYPE3"] = "CHANNEL"
+    plane = np.random.default_rng(1).normal(size=(500, 500)).astype(np.float32)
+    fits.PrimaryHDU(np.broadcast_to(plane, (60, 500, 500)), header).writeto(path)
+    tracemalloc.start()
+    map_ = read_channel(path, 60, config_from_dict({}))
+    assert cube_at(path, None) is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert_allclose(map_.data, plane)
+    assert peak < path.stat().st_size / 3
+
+
+def test_a_cube_with_the_sky_behind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.fits"
+    header = simulate(SKY).header
+    for key in ("CTYPE", "CRPIX", "CRVAL", "CDELT", "CUNIT"):
+        header[f"{key}3"] = header[f"{key}2"]
+    header["CTYPE2"], header["CUNIT2"] = "FREQ", "Hz"
+    header["CRPIX2"], header["CRVAL2"], header["CDELT2"] = 1.0, 1e11, 1e9
+    fits.PrimaryHDU(np.random.default_rng(1).normal(size=(20, 4, 30)), header).writeto(path)
+    with pytest.raises(MissingWcsError, match="reorder its axes"):
+        cube_at(path, None)
+
+
+# --- What is measured ----------------------------------------------------------------------------
+
+
+def test_sources_are_those_of_the_channels_as_maps(made: Made, ran: Ran, tmp_path: Path) -> None:
+    header = fits.getheader(made.path)
+    for key in list(header):
+        if key.endswith(("3", "4")) and key[:-1] in ("CTYPE", "CUNIT", "CRPIX", "CRVAL", "CDELT"):
+            header.remove(key)
+    for key in ("CASAMBM", "NAXIS3", "NAXIS4"):
+        header.remove(key)
+    for channel in (1, 5):
+        plane = made.planes[channel - 1].astype(np.float32)
+        path = tmp_path / f"ch{channel}.fits"
+        header["BMAJ"] = header["BMIN"] = made.major[channel - 1] / 3600
+        fits.PrimaryHDU(plane, header).writeto(path)
+        alone = run_hyper(
+            {
+                "files": {"file_map_name": str(path)},
+                "paths": {"output": {"dir_root": str(tmp_path)}},
+            }
+        ).outcomes[0]
+        catalog = QTable.read(ran.out / "params" / f"params_c_ch{channel:04d}.ecsv")
+        assert alone.catalog is not None
+        assert len(catalog) == len(alone.catalog) >= 5
+        assert_allclose(catalog["FLUX_TOTAL"].value, alone.catalog["FLUX_TOTAL"].value, rtol=1e-5)
+
+
+def test_the_cube_of_backgrounds_is_like_the_input(made: Made, ran: Ran) -> None:
+    with fits.open(ran.cube) as file:
+        file.verify("exception")
+        header, data = file[0].header, file[0].data
+        assert data.shape == (1, CHANNELS, *SHAPE)
+        assert header["BUNIT"] == "Jy/beam"
+        assert (header["CHAN_1"], header["CHAN_N"]) == (1, CHANNELS)
+        before, after = WCS(fits.getheader(made.path)), WCS(header)
+        corners = ([0, 99], [0, 89], [0, 4], [0, 0])
+        assert_allclose(after.all_pix2world(*corners, 0), before.all_pix2world(*corners, 0))
+        assert np.isnan(data[0, BLANK - 1]).all()
+        for channel in (1, 2, 5):
+            smooth = data[0, channel - 1]
+            modelled = np.isfinite(smooth)
+            assert 0.1 < modelled.mean() < 1
+            catalog = QTable.read(ran.out / "params" / f"params_c_ch{channel:04d}.ecsv")
+            near = np.rint([catalog["Y_PIX"].value, catalog["X_PIX"].value]).astype(int)
+            assert modelled[tuple(near)].all()
+            y, x = np.indices(SHAPE)
+            distance = np.min(
+                [np.hypot(x - s["X_PIX"].value, y - s["Y_PIX"].value) for s in catalog], axis=0
+            )
+            assert_array_equal(modelled, distance <= catalog.meta["fit_reach_pix"])
+            difference = (smooth - made.backgrounds[channel - 1])[modelled]
+            assert abs(np.mean(difference)) < 1e-3  # the noise of a pixel
+
+
+def test_a_channel_without_a_source_has_a_background_of_the_right_order(
+    made: Made, ran: Ran
+) -> None:
+    smooth = fits.getdata(ran.cube)[0, EMPTY - 1]
+    assert_allclose(smooth, made.backgrounds[EMPTY - 1], atol=2e-4)
+    assert len(QTable.read(ran.out / "params" / f"params_c_ch{EMPTY:04d}.ecsv")) == 0
+
+
+def test_slices_are_the_channels_of_the_cube(ran: Ran) -> None:
+    slices = sorted((ran.out / "slices").iterdir())
+    assert [path.name for path in slices] == [
+        f"c_ch{channel:04d}_background.fits" for channel in (1, 2, 3, 5)
+    ]
+    cube = fits.getdata(ran.cube)
+    for path in slices:
+        channel = int(path.name[4:8])
+        assert_array_equal(fits.getdata(path), cube[0, channel - 1])
+
+
+def test_some_channels_keep_their_place(made: Made, ran: Ran, tmp_path: Path) -> None:
+    some = Ran(made, tmp_path, control={"channels": [2, 3], "n_cores": 2})
+    data, whole = fits.getdata(some.cube), fits.getdata(ran.cube)
+    assert data.shape == whole.shape
+    assert_allclose(data[0, 1:3], whole[0, 1:3], rtol=1e-6)
+    assert np.isnan(data[0, [0, 3, 4]]).all()
+    header = fits.getheader(some.cube)
+    assert (header["CHAN_1"], header["CHAN_N"]) == (2, 3)
+    assert header["CRPIX3"] == 1.0
+
+
+def test_the_median_of_a_channel_where_only_order_0_is_asked_for(
+    made: Made, tmp_path: Path
+) -> None:
+    more = {
+        "control": {"channels": [EMPTY, EMPTY]},
+        "background": {"pol_orders_bkg_no_sources": 0},
+    }
+    smooth = fits.getdata(Ran(made, tmp_path, **more).cube)[0, EMPTY - 1]
+    assert np.ptp(smooth) == 0
+    assert smooth[0, 0] == pytest.approx(np.median(made.planes[EMPTY - 1]), abs=1e-4)
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+def test_a_cube_on_the_command_line(made: Made, tmp_path: Path) -> None:
+    config = tmp_path / "cube.yaml"
+    config.write_text("control: {datacube: true, n_cores: 1, channels: [1, 2]}\n")
+    call = ["run", str(made.path), "-c", str(config), "-o", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 0, result.output
+    assert "c_ch0001" in result.output
+    assert (tmp_path / "o" / "fits" / "c_background_cube.fits").is_file()
+
+
+def test_a_map_among_cubes_is_a_map(tmp_path: Path) -> None:
+    simulated = simulate(SKY)
+    path = tmp_path / "m.fits"
+    fits.PrimaryHDU(simulated.data, simulated.header).writeto(path)
+    assert cube_at(path, None) is None
+    outcome = run_hyper(config_from_dict(options_for(path, tmp_path / "out"))).outcomes[0]
+    assert (outcome.ok, outcome.name) == (True, "m")
+    assert read_map(path).shape == SHAPE

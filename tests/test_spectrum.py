@@ -1,0 +1,138 @@
+"""Noise spectra, whitening and the matched filter, against noise that is known."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+from scipy import fft
+from scipy.ndimage import gaussian_filter
+
+from hyperjax.detection import high_pass
+from hyperjax.noise import local_rms
+from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
+
+SHAPE = (300, 340)
+
+
+def coloured(seed: int, shape: tuple[int, int] = SHAPE, slope: float = 1.0) -> NDArray:
+    """Periodic noise of the power (1 + (k0 / k)^slope), k0 = 0.1, in a crop of twice the area."""
+    big = tuple(2 * side for side in shape)
+    k = np.hypot(fft.fftfreq(big[0])[:, None], fft.rfftfreq(big[1]))
+    root = np.sqrt(true_power(k, slope))
+    white = np.random.default_rng(seed).normal(size=big)
+    return fft.irfft2(fft.rfft2(white) * root, big)[: shape[0], : shape[1]]
+
+
+def true_power(k: NDArray, slope: float = 1.0) -> NDArray:
+    return 1 + (0.1 / np.maximum(k, 1e-3)) ** slope
+
+
+def everywhere(image: NDArray) -> NDArray:
+    return np.ones(image.shape, bool)
+
+
+def spectrum_of(image: NDArray, valid: NDArray | None = None) -> Spectrum:
+    valid = everywhere(image) if valid is None else valid
+    found = Spectrum.white(0)
+    for _ in range(2):
+        measured = measure_spectrum(np.where(valid, image, 0), valid, found)
+        assert measured is not None
+        found = measured
+    return found
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_power_of_noise(slope: float, holes: bool) -> None:
+    image = coloured(1, slope=slope)
+    valid = everywhere(image)
+    if holes:
+        valid[40:60, 100:130] = valid[200:] = False
+    found = spectrum_of(image, valid)
+    k = np.hypot(*np.meshgrid(fft.fftfreq(len(found.power)), fft.fftfreq(len(found.power))))
+    ratio = found.power / (true_power(k, slope) if slope else 2.0)
+    middling = (k > 0.03) & (k < 0.5)
+    assert np.median(ratio[middling]) == pytest.approx(1, abs=0.05)
+    assert np.std(ratio[middling]) < (0.3 if holes else 0.2)
+
+
+def test_noise_that_depends_on_the_direction() -> None:
+    image = gaussian_filter(np.random.default_rng(2).normal(size=SHAPE), (0, 2.0), mode="wrap")
+    found = spectrum_of(image)
+    k = fft.fftfreq(len(found.power))
+    along_x = np.exp(-4 * (np.pi * 2.0 * k) ** 2)
+    seen = along_x > 0.02
+    assert_allclose(found.power.mean(0)[seen], along_x[seen], rtol=0.2)
+    assert np.std(found.power.mean(1)) < 0.15 * found.power.mean()
+
+
+@pytest.mark.parametrize("slope", [1.0, 2.5])
+def test_whitened_noise_is_white(slope: float) -> None:
+    image = coloured(3, slope=slope)
+    white = whiten(image, spectrum_of(image))
+    assert np.std(white) == pytest.approx(1, abs=0.03)
+    assert abs(np.mean(white[1:] * white[:-1])) < 0.03
+    assert abs(np.mean(white[:, 1:] * white[:, :-1])) < 0.03
+
+
+def test_the_matched_filter_has_unit_noise_and_the_right_peak() -> None:
+    """The peak's noise is 1 / sqrt(sum |B|^2 / P), with the true power P and the transform B."""
+    image, sigma = coloured(4), 1.7
+    snr, error = matched(whiten(image, spectrum_of(image)), spectrum_of(image), sigma)
+    assert np.std(snr) == pytest.approx(1, abs=0.05)
+    ky, kx = np.meshgrid(fft.fftfreq(512), fft.fftfreq(512), indexing="ij")
+    k2 = kx**2 + ky**2
+    power = (2 * np.pi * sigma**2 * np.exp(-2 * (np.pi * sigma) ** 2 * k2)) ** 2
+    expected = 1 / np.sqrt(np.mean(power / true_power(np.sqrt(k2))))
+    assert error == pytest.approx(expected, rel=0.05)
+    y, x = np.indices(SHAPE)
+    source = 50 * np.exp(-((x - 120) ** 2 + (y - 150) ** 2) / (2 * sigma**2))
+    both = matched(whiten(image + source, spectrum_of(image)), spectrum_of(image), sigma)[0]
+    assert (both - snr)[150, 120] * error == pytest.approx(50, rel=0.02)
+
+
+def test_the_filter_is_a_part_of_what_happens_to_sources() -> None:
+    """The transfer holds the high-pass filter, whose noise the spectrum is of."""
+    box = 41
+    filtered = high_pass(np.random.default_rng(5).normal(size=SHAPE), box)
+    found = measure_spectrum(filtered, everywhere(filtered), Spectrum.white(box))
+    assert found is not None
+    k = np.array([0.0, 1 / 64, 3 / 64, 0.2])
+    transfer = found.transfer(k, np.array([0.1]))[:, 0]
+    assert_allclose(transfer, 1.0, rtol=0.12)
+    mean = np.sin(np.pi * 41 / 64) / (41 * np.sin(np.pi / 64))
+    along = found.transfer(np.zeros(1), np.array([1 / 64]))[0, 0]
+    assert along == pytest.approx((1 - mean) * found.whitening(np.zeros(1), np.array([1 / 64])))
+
+
+def test_power_that_was_fitted_away_is_put_back() -> None:
+    image = np.random.default_rng(6).normal(size=SHAPE)
+    side = segment_side(SHAPE)
+    share = np.full((side, side), 0.2)
+    plain = measure_spectrum(image, everywhere(image), Spectrum.white(0))
+    filled = measure_spectrum(image, everywhere(image), Spectrum.white(0), share)
+    assert plain is not None
+    assert filled is not None
+    assert_allclose(filled.power, plain.power / 0.8, rtol=1e-12)
+
+
+def test_what_is_too_small_or_blank_has_no_spectrum() -> None:
+    small = np.random.default_rng(7).normal(size=(40, 200))
+    assert segment_side(small.shape) == 0
+    assert measure_spectrum(small, everywhere(small), Spectrum.white(0)) is None
+    large = np.random.default_rng(8).normal(size=SHAPE)
+    assert measure_spectrum(large, ~everywhere(large), Spectrum.white(0)) is None
+
+
+def test_the_local_noise() -> None:
+    """It follows a ramp, and neither outliers nor blank pixels change it."""
+    rng = np.random.default_rng(9)
+    ramp = np.linspace(1, 5, 400)
+    image = rng.normal(size=(300, 400)) * ramp
+    valid = everywhere(image)
+    valid[:, :20] = valid[100:150, 200:260] = False
+    image[rng.random(image.shape) < 0.01] = 1e3
+    found = local_rms(np.where(valid, image, 0), valid, 25.0)
+    inside = found[40:-40, 60:-60]
+    assert_allclose(inside, np.broadcast_to(ramp[60:-60], inside.shape), rtol=0.12)
+    assert np.median(inside / ramp[60:-60]) == pytest.approx(1, abs=0.02)
