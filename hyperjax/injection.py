@@ -42,7 +42,6 @@ from hyperjax.logs import counted
 from hyperjax.maps import Map, local_geometry, pixel_covariance
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.sources import SourceFits, nearest_values, render_sources
-from hyperjax.sphere import frame_rotation
 
 __all__ = [
     "FRACTIONS",
@@ -306,10 +305,12 @@ class _Injected(NamedTuple):
 def _injected(map: Map, x: Floats, y: Floats, flux: Floats, size: Floats) -> _Injected:
     """Sources of the beam's shape, `size` times as large, in a map."""
     geometry = local_geometry(map.wcs, x, y)
-    pa = map.beam.pa_deg + frame_rotation(geometry.sky.transform_to(map.frame))
     beam = map.beam
     covariance = pixel_covariance(
-        geometry.jacobian, size * beam.major_arcsec, size * beam.minor_arcsec, pa
+        geometry.jacobian,
+        size * beam.major_arcsec,
+        size * beam.minor_arcsec,
+        map.beam_pa_at(geometry.sky),
     )
     variance, axes = np.linalg.eigh(covariance)
     minor, major = np.sqrt(variance).T

@@ -149,8 +149,8 @@ def _draw_completeness(axes: Axes, result: Completeness) -> None:
             left = share == 0.5
             axes.annotate(
                 label,
-                (at, share / 2),
-                (-4 if left else 4, 0),
+                (at, share if left else share / 2),
+                (-8 if left else 4, 0),
                 textcoords="offset points",
                 ha="right" if left else "left",
                 fontsize=7,

@@ -615,9 +615,14 @@ class Map:
     def beam_pa_icrs_deg(self) -> float:
         """Position angle of the beam, East of North in ICRS, at the map's centre, in [0, 180)."""
         ny, nx = self.shape
-        centre = pixel_to_skycoord(0.5 * (nx - 1), 0.5 * (ny - 1), self.wcs, origin=0)
-        along = centre.directional_offset_by(self.beam.pa_deg * u.deg, 1 * u.arcmin)
-        return float(centre.icrs.position_angle(along.icrs).deg) % 180.0
+        centre = pixel_to_skycoord([0.5 * (nx - 1)], [0.5 * (ny - 1)], self.wcs, origin=0)
+        return float(self.beam_pa_at(centre)[0])
+
+    def beam_pa_at(self, sky: SkyCoord) -> FloatArray:
+        """Position angle (n,) of the beam, East of North in ICRS, at positions, in [0, 180)."""
+        there = sky.transform_to(wcs_to_celestial_frame(self.wcs))
+        along = there.directional_offset_by(self.beam.pa_deg * u.deg, 1 * u.arcmin)
+        return np.asarray(there.icrs.position_angle(along.icrs).deg % 180.0)
 
 
 def _central_pixel_scale(wcs: WCS, shape: tuple[int, ...]) -> float:

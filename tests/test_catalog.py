@@ -135,7 +135,7 @@ def catalog_of(
 NAMES = """
 MAP_ID HYPER_ID FLUX_PEAK FLUX_PEAK_ERR FLUX FLUX_ERR FLUX_APCOR FLUX_APCOR_ERR FLUX_TOTAL
 FLUX_TOTAL_ERR RESIDUALS POLYN NMSE CHI2_RED BIC FWHM_1 FWHM_1_ERR FWHM_2 FWHM_2_ERR PA PA_ERR
-STATUS GLON GLAT RA DEC RA_ERR DEC_ERR X_PIX Y_PIX DEBLEND CLUSTER GROUP SHOULDER_SCORE SNR RMS
+FWHM_1_DECONV FWHM_1_DECONV_ERR FWHM_2_DECONV FWHM_2_DECONV_ERR PA_DECONV PA_DECONV_ERR STATUS GLON GLAT RA DEC RA_ERR DEC_ERR X_PIX Y_PIX DEBLEND CLUSTER GROUP SHOULDER_SCORE SNR RMS
 FLAGS NITER
 """.split()
 INTEGERS = {"HYPER_ID", "POLYN", "STATUS", "DEBLEND", "CLUSTER", "GROUP", "FLAGS", "NITER"}
@@ -308,7 +308,8 @@ def test_without_covariance_only_the_errors_are_missing() -> None:
     catalog = catalog_of(fits)
     missing = {column.name for column in COLUMNS[2:] if np.isnan(catalog[column.name][0])}
     fit_errors = {"FLUX_PEAK_ERR", "FLUX_TOTAL_ERR", "FWHM_1_ERR", "FWHM_2_ERR", "PA_ERR"}
-    assert missing == fit_errors | {"RA_ERR", "DEC_ERR"}
+    own = {"FWHM_1_DECONV_ERR", "FWHM_2_DECONV_ERR", "PA_DECONV_ERR"}
+    assert missing == fit_errors | own | {"RA_ERR", "DEC_ERR"}
     assert decode_flags(catalog["FLAGS"][0]) == ["NO_COVARIANCE"]
     assert catalog["FLAGS"][1] == 0
 
