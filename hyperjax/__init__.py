@@ -28,6 +28,7 @@ from hyperjax.errors import (
     NoImageError,
     NotFitsError,
     OutputError,
+    RmsMapError,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ __all__ = [
     "NoImageError",
     "NotFitsError",
     "OutputError",
+    "RmsMapError",
     "Simulation",
     "__version__",
     "completeness",

@@ -231,6 +231,7 @@ def build_catalog(
     *,
     convert_mjy: bool = True,
     shoulder_threshold: float = 0.5,
+    calibration_error: float = 0.0,
 ) -> QTable:
     r"""Make the catalogue of one map: sky positions, sizes, fluxes, their errors, and flags.
 
@@ -248,6 +249,8 @@ def build_catalog(
         Fluxes in mJy and mJy/beam instead of Jy and Jy/beam.
     shoulder_threshold
         Shoulder score above which a source is flagged SHOULDER.
+    calibration_error
+        Relative uncertainty of the flux scale, in quadrature in the errors of all fluxes.
 
     Returns
     -------
@@ -260,7 +263,7 @@ def build_catalog(
     values = {
         "MAP_ID": np.full(n, map.name),
         "HYPER_ID": np.arange(1, n + 1),
-        **_fluxes(map, fits, apertures, geometry),
+        **_calibrated(_fluxes(map, fits, apertures, geometry), calibration_error),
         **_fit_quality(fits),
         **sizes,
         **_positions(fits, geometry),
@@ -275,7 +278,13 @@ def build_catalog(
     for column in COLUMNS:
         catalog[column.name] = _as_column(values[column.name], column, convert_mjy)
         catalog[column.name].info.description = column.description
-    catalog.meta = _metadata(map)
+    catalog.meta = _metadata(map) | {
+        "calibration_error": float(calibration_error),
+        "errors": "1 sigma; those of fluxes with calibration_error, a fraction of the flux that "
+        "all sources share, in quadrature"
+        if calibration_error
+        else "1 sigma, without the uncertainty of the calibration",
+    }
     return catalog
 
 
@@ -337,7 +346,6 @@ def _metadata(map: Map) -> dict[str, Any]:
         "position_angle": "PA is that of the major axis, East of North in ICRS, from 0 to 180 deg; "
         "so is beam_pa_icrs_deg, at the centre of the map; beam_pa_map_deg is that of the header, "
         "East of North in the frame of the map",
-        "errors": "1 sigma",
         "flags": {f"{flag.name} ({flag.value})": flag.description for flag in FLAGS},
     }
 
@@ -359,6 +367,17 @@ def _fluxes(
         "FLUX_TOTAL_ERR": total_err * jy_per_sum,
         "RESIDUALS": fits.background,
     }
+
+
+def _calibrated(
+    fluxes: dict[str, NDArray[np.float64]], fraction: float
+) -> dict[str, NDArray[np.float64]]:
+    """The fluxes, with a fraction of each added to its error in quadrature."""
+    errors = {
+        f"{name}_ERR": np.hypot(fluxes[f"{name}_ERR"], fraction * fluxes[name])
+        for name in ("FLUX_PEAK", "FLUX", "FLUX_APCOR", "FLUX_TOTAL")
+    }
+    return fluxes | errors
 
 
 def _fit_quality(fits: SourceFits) -> dict[str, NDArray[Any]]:

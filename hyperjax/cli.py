@@ -204,6 +204,13 @@ def run(
             metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
         ),
     ] = None,
+    rms_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RMS.fits",
+            help="FITS image of the noise of the map, on its grid. Default: measured.",
+        ),
+    ] = None,
     frequency: Annotated[
         float | None,
         typer.Option(
@@ -279,6 +286,7 @@ def run(
         "survey.beam_fwhm_arcsec": beam,
         "survey.survey_code": survey_code,
         "files.hdu": hdu,
+        "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
@@ -553,6 +561,13 @@ def completeness(
             metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
         ),
     ] = None,
+    rms_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RMS.fits",
+            help="FITS image of the noise of the map, on its grid. Default: measured.",
+        ),
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -571,6 +586,7 @@ def completeness(
         "detection.sigma_thres": sigma,
         "units.map_unit": unit,
         "survey.beam_fwhm_arcsec": beam,
+        "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
     }
     with _errors_in_one_line(debug):
         from rich.console import Console

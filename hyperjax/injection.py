@@ -41,6 +41,7 @@ from hyperjax.evaluate import matches
 from hyperjax.logs import counted
 from hyperjax.maps import Map, local_geometry, pixel_covariance
 from hyperjax.pipeline import Extraction, extract
+from hyperjax.rms_map import with_rms_map
 from hyperjax.sources import SourceFits, nearest_values, render_sources
 
 __all__ = [
@@ -186,7 +187,15 @@ def completeness(
         Even bright sources are not found.
     """
     _refuse(config, n, fluxes, fwhm_beams)
-    quiet = with_overrides(config, {"fit_options.verbose": False, "fit_options.calc_covar": False})
+    quiet = with_overrides(
+        config,
+        {
+            "fit_options.verbose": False,
+            "fit_options.calc_covar": False,
+            "photometry.calibration_error": 0.0,  # injected fluxes have none
+        },
+    )
+    map = with_rms_map(map, quiet)
     places = _Places(map, quiet)
     runs = -(-n // places.at_once)
     steps = _Steps(3 + runs, progress)

@@ -162,6 +162,7 @@ PUBLIC = {
     "NoImageError",
     "NotFitsError",
     "OutputError",
+    "RmsMapError",
     "Simulation",
     "__version__",
     "completeness",
