@@ -399,8 +399,8 @@ class Photometry(_Section):
     calibration_error: Tolerance = Field(
         default=0.0,
         description="Relative uncertainty of the flux scale of the map, such as 0.05, which is "
-        "added in quadrature to the errors of all fluxes (peak, aperture, total); all sources share "
-        "it [fraction].",
+        "added in quadrature to the errors of all fluxes (peak, aperture, total); all sources "
+        "share it [fraction].",
     )
 
     @model_validator(mode="after")
@@ -628,8 +628,8 @@ class Noise(_Section):
         description="FITS image of the noise of the map, on its grid and in a unit that the map "
         "could have (without one, in the map's), relative to the folder of this file; blank (NaN) "
         "pixels are not used. Where pixels are taken as independent it is the noise of the "
-        "weights, the errors and the threshold; otherwise it says how the noise varies over the map, and one "
-        "factor comes from the map itself. null measures the noise.",
+        "weights, the errors and the threshold; otherwise it says how the noise varies over the "
+        "map, and one factor comes from the map itself. null measures the noise.",
     )
 
 

