@@ -28,6 +28,7 @@ from hyperjax.errors import (
     NoImageError,
     NotFitsError,
     OutputError,
+    RmsMapError,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hyperjax.evaluate import score
     from hyperjax.fitting import fit_groups
     from hyperjax.implicit import fit_parameters
+    from hyperjax.injection import Completeness, completeness
     from hyperjax.least_squares import BoundedLevenbergMarquardt
     from hyperjax.maps import Beam, Map, read_map
     from hyperjax.pipeline import Extraction, extract
@@ -49,6 +51,7 @@ __all__ = [
     "Beam",
     "BlankMapError",
     "BoundedLevenbergMarquardt",
+    "Completeness",
     "Config",
     "ConfigError",
     "Extraction",
@@ -64,8 +67,10 @@ __all__ = [
     "NoImageError",
     "NotFitsError",
     "OutputError",
+    "RmsMapError",
     "Simulation",
     "__version__",
+    "completeness",
     "extract",
     "fit_groups",
     "fit_parameters",
@@ -80,10 +85,12 @@ __all__ = [
 _HOME = {
     "Beam": "maps",
     "BoundedLevenbergMarquardt": "least_squares",
+    "Completeness": "injection",
     "Config": "config",
     "Extraction": "pipeline",
     "Map": "maps",
     "Simulation": "simulation",
+    "completeness": "injection",
     "extract": "pipeline",
     "fit_groups": "fitting",
     "fit_parameters": "implicit",

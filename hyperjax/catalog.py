@@ -14,7 +14,14 @@ import numpy as np
 from astropy import units as u
 from astropy.table import QTable, vstack
 
-from hyperjax.maps import FWHM_PER_SIGMA, local_geometry, sky_covariance, sky_ellipse
+from hyperjax.deconvolution import MAX_PA_ERR_DEG, RESOLVED_SIGMA, deconvolve
+from hyperjax.maps import (
+    FWHM_PER_SIGMA,
+    local_geometry,
+    pixel_covariance,
+    sky_covariance,
+    sky_ellipse,
+)
 from hyperjax.photometry import model_flux, quadratic_form, standard_deviation
 
 if TYPE_CHECKING:
@@ -25,9 +32,6 @@ if TYPE_CHECKING:
     from hyperjax.maps import LocalGeometry, Map
     from hyperjax.photometry import Apertures
     from hyperjax.sources import SourceFits
-
-MAX_PA_ERR_DEG = float(90 / np.sqrt(3))
-"""Standard deviation of an angle that is uniform over 180 degrees: nothing is known of it."""
 
 MAX_AXIS_RATIO = 3.0
 """Above this ratio of the fitted axes (in pixels) a source is flagged ELONGATED."""
@@ -72,6 +76,11 @@ class FLAGS(IntFlag):
     FORCED = 32768, "measured at a position that was given, not detected"
     OUTSIDE = 65536, "the given position is outside the image or in blank pixels: not measured"
     NO_SIZE = 131072, "no size was given where sizes are: not measured"
+    UNRESOLVED = (
+        262144,
+        f"the size exceeds the beam by less than {RESOLVED_SIGMA:g} sigma in every direction: "
+        "compatible with a point source",
+    )
 
 
 class Column(NamedTuple):
@@ -140,6 +149,27 @@ COLUMNS: tuple[Column, ...] = (
         u.deg,
         f"{_ERR} PA; at most 51.96 = 90/sqrt(3), that of an unknown angle (round sources)",
     ),
+    Column(
+        "FWHM_1_DECONV",
+        float,
+        u.arcsec,
+        "Major FWHM without the beam, 0 for a source smaller than the beam; see flag UNRESOLVED",
+    ),
+    Column(
+        "FWHM_1_DECONV_ERR",
+        float,
+        u.arcsec,
+        f"{_ERR} FWHM_1_DECONV, upwards: that of its square, which is finite at 0",
+    ),
+    Column("FWHM_2_DECONV", float, u.arcsec, "Minor FWHM without the beam, as FWHM_1_DECONV"),
+    Column("FWHM_2_DECONV_ERR", float, u.arcsec, f"{_ERR} FWHM_2_DECONV, as FWHM_1_DECONV_ERR"),
+    Column(
+        "PA_DECONV",
+        float,
+        u.deg,
+        "Position angle of FWHM_1_DECONV, as PA; NaN where that is 0",
+    ),
+    Column("PA_DECONV_ERR", float, u.deg, f"{_ERR} PA_DECONV, limited as PA_ERR"),
     Column("STATUS", int, None, "Fit: 1 converged, 2 at the second try, 0 failed, -1 none"),
     Column("GLON", float, u.deg, "Galactic longitude"),
     Column("GLAT", float, u.deg, "Galactic latitude"),
@@ -201,6 +231,7 @@ def build_catalog(
     *,
     convert_mjy: bool = True,
     shoulder_threshold: float = 0.5,
+    calibration_error: float = 0.0,
 ) -> QTable:
     r"""Make the catalogue of one map: sky positions, sizes, fluxes, their errors, and flags.
 
@@ -218,6 +249,8 @@ def build_catalog(
         Fluxes in mJy and mJy/beam instead of Jy and Jy/beam.
     shoulder_threshold
         Shoulder score above which a source is flagged SHOULDER.
+    calibration_error
+        Relative uncertainty of the flux scale, in quadrature in the errors of all fluxes.
 
     Returns
     -------
@@ -226,24 +259,32 @@ def build_catalog(
     """
     geometry = local_geometry(map.wcs, fits.x, fits.y)
     n = len(fits.x)
+    sizes, unresolved = _sizes(fits, geometry, map)
     values = {
         "MAP_ID": np.full(n, map.name),
         "HYPER_ID": np.arange(1, n + 1),
-        **_fluxes(map, fits, apertures, geometry),
+        **_calibrated(_fluxes(map, fits, apertures, geometry), calibration_error),
         **_fit_quality(fits),
-        **_sizes(fits, geometry),
+        **sizes,
         **_positions(fits, geometry),
         "SHOULDER_SCORE": detections.shoulder_score,
         "SNR": detections.snr,
         "RMS": detections.rms,
         "FLAGS": _all_flags(map.shape, fits, apertures)
-        | _bits(detections.shoulder_score > shoulder_threshold, FLAGS.SHOULDER),
+        | _bits(detections.shoulder_score > shoulder_threshold, FLAGS.SHOULDER)
+        | _bits(unresolved, FLAGS.UNRESOLVED),
     }
     catalog = QTable()
     for column in COLUMNS:
         catalog[column.name] = _as_column(values[column.name], column, convert_mjy)
         catalog[column.name].info.description = column.description
-    catalog.meta = _metadata(map)
+    catalog.meta = _metadata(map) | {
+        "calibration_error": float(calibration_error),
+        "errors": "1 sigma; those of fluxes with calibration_error, a fraction of the flux that "
+        "all sources share, in quadrature"
+        if calibration_error
+        else "1 sigma, without the uncertainty of the calibration",
+    }
     return catalog
 
 
@@ -305,7 +346,6 @@ def _metadata(map: Map) -> dict[str, Any]:
         "position_angle": "PA is that of the major axis, East of North in ICRS, from 0 to 180 deg; "
         "so is beam_pa_icrs_deg, at the centre of the map; beam_pa_map_deg is that of the header, "
         "East of North in the frame of the map",
-        "errors": "1 sigma",
         "flags": {f"{flag.name} ({flag.value})": flag.description for flag in FLAGS},
     }
 
@@ -327,6 +367,17 @@ def _fluxes(
         "FLUX_TOTAL_ERR": total_err * jy_per_sum,
         "RESIDUALS": fits.background,
     }
+
+
+def _calibrated(
+    fluxes: dict[str, NDArray[np.float64]], fraction: float
+) -> dict[str, NDArray[np.float64]]:
+    """The fluxes, with a fraction of each added to its error in quadrature."""
+    errors = {
+        f"{name}_ERR": np.hypot(fluxes[f"{name}_ERR"], fraction * fluxes[name])
+        for name in ("FLUX_PEAK", "FLUX", "FLUX_APCOR", "FLUX_TOTAL")
+    }
+    return fluxes | errors
 
 
 def _fit_quality(fits: SourceFits) -> dict[str, NDArray[Any]]:
@@ -367,8 +418,12 @@ def _positions(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[n
     }
 
 
-def _sizes(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[np.float64]]:
+def _sizes(
+    fits: SourceFits, geometry: LocalGeometry, map: Map
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
     r"""FWHMs (arcsec) and position angle (deg) on the sky, with first-order errors.
+
+    With and without the beam; and whether each source is unresolved.
 
     With the shape matrix :math:`S = J R\,\mathrm{diag}(\sigma_1^2, \sigma_2^2)\,R^T J^T`, its
     eigenvalues :math:`\lambda_i` and unit eigenvectors :math:`e_i` on the sky, perturbation theory
@@ -389,6 +444,8 @@ def _sizes(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[np.fl
 
     to_fwhm = FWHM_PER_SIGMA**2 / 2  # as FWHM^2 = 8 ln 2 lambda
     gap = (major**2 - minor**2) / FWHM_PER_SIGMA**2
+    shapes = sky_covariance(geometry.jacobian, shape)
+    own = deconvolve(shapes, perturbations, fits.covariance[:, 3:, 3:], _beams(map, geometry))
     return {
         "FWHM_1": major,
         "FWHM_1_ERR": to_fwhm * error_of(axis_1, axis_1) / major,
@@ -396,7 +453,25 @@ def _sizes(fits: SourceFits, geometry: LocalGeometry) -> dict[str, NDArray[np.fl
         "FWHM_2_ERR": to_fwhm * error_of(axis_2, axis_2) / minor,
         "PA": pa,
         "PA_ERR": _limited_pa_error(error_of(axis_1, axis_2), gap),
-    }
+        "FWHM_1_DECONV": own.major,
+        "FWHM_1_DECONV_ERR": own.major_err,
+        "FWHM_2_DECONV": own.minor,
+        "FWHM_2_DECONV_ERR": own.minor_err,
+        "PA_DECONV": own.pa_deg,
+        "PA_DECONV_ERR": own.pa_err_deg,
+    }, own.unresolved & (fits.status != -1)
+
+
+def _beams(map: Map, geometry: LocalGeometry) -> NDArray[np.float64]:
+    """Second moments (n, 2, 2) of the beam on the sky at each source, arcsec^2."""
+    beam, n = map.beam, len(geometry.jacobian)
+    sky = np.broadcast_to(np.eye(2), (n, 2, 2))
+    return pixel_covariance(
+        sky,
+        np.full(n, beam.major_arcsec),
+        np.full(n, beam.minor_arcsec),
+        map.beam_pa_at(geometry.sky),
+    )
 
 
 def _limited_pa_error(turn: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -204,6 +204,13 @@ def run(
             metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
         ),
     ] = None,
+    rms_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RMS.fits",
+            help="FITS image of the noise of the map, on its grid. Default: measured.",
+        ),
+    ] = None,
     frequency: Annotated[
         float | None,
         typer.Option(
@@ -279,6 +286,7 @@ def run(
         "survey.beam_fwhm_arcsec": beam,
         "survey.survey_code": survey_code,
         "files.hdu": hdu,
+        "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
@@ -500,6 +508,130 @@ def _kinds(text: str) -> list[str]:
     if not set(kinds) <= set(KINDS):
         raise ConfigError(f"--kind {text}: must be some of {', '.join(KINDS)}")
     return kinds
+
+
+# --- completeness --------------------------------------------------------------------------------
+
+
+@app.command()
+def completeness(
+    map: Annotated[Path, typer.Argument(metavar="MAP.fits", help="The map.", show_default=False)],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="CONFIG.yaml", help="Configuration of the run."),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", metavar="N", help="Number of injected sources.")] = 2000,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="The same seed gives the same result.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Folder of the results, which are in its folder completeness. "
+            f"Default: that of the configuration; without one, {DEFAULT_OUTPUT}.",
+        ),
+    ] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option("--sigma", "-s", metavar="N", help="Detection threshold. Default: 5."),
+    ] = None,
+    flux: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Range of the total fluxes, mJy. Default: 0.3 to 10 times that of a point source "
+            "at the threshold.",
+            show_default=False,
+        ),
+    ] = None,
+    fwhm: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="LOW HIGH", help="Range of the FWHM, beam included, in beams."),
+    ] = (1.0, 1.0),
+    unit: Annotated[
+        str | None,
+        typer.Option(metavar="UNIT", help="Brightness unit. Default: that of the header."),
+    ] = None,
+    beam: Annotated[
+        float | None,
+        typer.Option(
+            metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
+        ),
+    ] = None,
+    rms_map: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RMS.fits",
+            help="FITS image of the noise of the map, on its grid. Default: measured.",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Inject sources into a map, extract it, and tell what is found and how well.
+
+    At which flux 50 and 90 % of the sources of this map are found:
+
+        hyperjax completeness orion.fits --sigma 4 -o results
+
+    Written are tables of completeness, reliability, biases, scatters and pulls
+    against flux and signal-to-noise ratio, the injected sources, and a figure.
+    """
+    given = {
+        "paths.output.dir_root": str(out.absolute()) if out else None,
+        "detection.sigma_thres": sigma,
+        "units.map_unit": unit,
+        "survey.beam_fwhm_arcsec": beam,
+        "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
+    }
+    with _errors_in_one_line(debug):
+        from rich.console import Console
+
+        from hyperjax.injection import completeness as of_map
+        from hyperjax.injection_products import write_completeness
+        from hyperjax.runtime import configure_runtime
+        from hyperjax.survey import configured_map, output_folder
+
+        options, (path,) = _inputs([map], config, given)
+        console = Console(stderr=True, quiet=quiet)
+        fluxes = (flux[0] / 1e3, flux[1] / 1e3) if flux else None
+        with _log_on_terminal(console, verbose, quiet), _bar_of_extractions(console) as progress:
+            image = configured_map(path, options)
+            configure_runtime()
+            result = of_map(
+                image,
+                options,
+                n=n,
+                seed=seed,
+                fluxes=fluxes,
+                fwhm_beams=fwhm,
+                progress=progress,
+            )
+        files = write_completeness(result, output_folder(options))
+        if not quiet:
+            typer.echo(result.summary())
+            typer.echo(f"\ntables and figure: {_short(files[-1].parent)}")
+
+
+@contextmanager
+def _bar_of_extractions(console: "Console") -> "Iterator[Callable[[int, int], None]]":
+    """Draw a bar on a terminal; yield what moves it."""
+    from rich.progress import Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("extractions", total=None)
+
+        def moved(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        yield moved
 
 
 # --- init ----------------------------------------------------------------------------------------

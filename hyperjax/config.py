@@ -396,6 +396,13 @@ class Photometry(_Section):
         "one, or one per given position; null means 0 [deg].",
     )
 
+    calibration_error: Tolerance = Field(
+        default=0.0,
+        description="Relative uncertainty of the flux scale of the map, such as 0.05, which is "
+        "added in quadrature to the errors of all fluxes (peak, aperture, total); all sources "
+        "share it [fraction].",
+    )
+
     @model_validator(mode="after")
     def _sizes_in_order(self) -> "Photometry":
         if not self.aper_inf < self.aper_sup:
@@ -616,6 +623,14 @@ class Noise(_Section):
         "the map is large enough and no option is set that only the fit of pixels knows. Errors "
         "are those of the noise as measured in any case.",
     )
+    rms_map: Text | None = Field(
+        default=None,
+        description="FITS image of the noise of the map, on its grid and in a unit that the map "
+        "could have (without one, in the map's), relative to the folder of this file; blank (NaN) "
+        "pixels are not used. Where pixels are taken as independent it is the noise of the "
+        "weights, the errors and the threshold; otherwise it says how the noise varies over the "
+        "map, and one factor comes from the map itself. null measures the noise.",
+    )
 
 
 class FitsOutput(_Section):
@@ -732,6 +747,15 @@ class Config(_Section):
             raise ValueError(
                 f"noise.model = correlated: does not go with {key} = {shown(_value(self, key))}, "
                 "which only the fit of pixels knows; use noise.model = auto or white"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_noise(self) -> "Config":
+        if self.noise.rms_map is not None and self.detection.use_manual_rms:
+            raise ValueError(
+                f"noise.rms_map = {shown(self.noise.rms_map)}: does not go with "
+                "detection.use_manual_rms = True; give one of them"
             )
         return self
 

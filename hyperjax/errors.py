@@ -61,3 +61,7 @@ class BlankMapError(MapError):
 
 class MapTooSmallError(MapError):
     """The map is smaller than the detection filter."""
+
+
+class RmsMapError(MapError):
+    """The map of the noise does not go with the map, or is not positive."""

@@ -41,6 +41,7 @@ from hyperjax.errors import (
     MissingWcsError,
     NoImageError,
     NotFitsError,
+    RmsMapError,
 )
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "pixel_area_map",
     "pixel_covariance",
     "read_map",
+    "read_noise",
     "sky_covariance",
     "sky_ellipse",
 ]
@@ -171,6 +173,7 @@ def _aips_beam(header: fits.Header) -> tuple[float, float | None, float | None] 
     return None if major is None else (major, minor, pa)
 
 
+_SAME_GRID_PIX = 0.1  # offset of two grids that are the same
 _MIN_BEAM_DEG = 1e-12  # some nanoarcseconds
 _BEAM_REMEDY = (
     "give its FWHM in arcsec as survey.beam_fwhm_arcsec in the configuration or --beam on the "
@@ -575,6 +578,8 @@ class Map:
     frame : str
         Celestial frame of the coordinates: ``icrs``, ``fk5``, ``fk4``, ``fk4noeterms`` or
         ``galactic``.
+    rms : ndarray or None
+        The noise in Jy/beam, (ny, nx), where it is given (`noise.rms_map`).
     """
 
     name: str
@@ -585,6 +590,7 @@ class Map:
     unit: u.UnitBase
     native_per_jy_beam: float | FloatArray
     frame: str
+    rms: FloatArray | None = None
 
     def __repr__(self) -> str:
         """Size, unit, beam and frame on one line."""
@@ -615,9 +621,14 @@ class Map:
     def beam_pa_icrs_deg(self) -> float:
         """Position angle of the beam, East of North in ICRS, at the map's centre, in [0, 180)."""
         ny, nx = self.shape
-        centre = pixel_to_skycoord(0.5 * (nx - 1), 0.5 * (ny - 1), self.wcs, origin=0)
-        along = centre.directional_offset_by(self.beam.pa_deg * u.deg, 1 * u.arcmin)
-        return float(centre.icrs.position_angle(along.icrs).deg) % 180.0
+        centre = pixel_to_skycoord([0.5 * (nx - 1)], [0.5 * (ny - 1)], self.wcs, origin=0)
+        return float(self.beam_pa_at(centre)[0])
+
+    def beam_pa_at(self, sky: SkyCoord) -> FloatArray:
+        """Position angle (n,) of the beam, East of North in ICRS, at positions, in [0, 180)."""
+        there = sky.transform_to(wcs_to_celestial_frame(self.wcs))
+        along = there.directional_offset_by(self.beam.pa_deg * u.deg, 1 * u.arcmin)
+        return np.asarray(there.icrs.position_angle(along.icrs).deg % 180.0)
 
 
 def _central_pixel_scale(wcs: WCS, shape: tuple[int, ...]) -> float:
@@ -742,6 +753,64 @@ def blank_zeros(data: FloatArray) -> NDArray[np.bool_]:
     return np.asarray(blank[labels])
 
 
+def read_noise(path: str | os.PathLike[str], like: Map) -> FloatArray:
+    """Read an image of the noise of a map, in Jy/beam; NaN where it is blank.
+
+    Parameters
+    ----------
+    path : path-like
+        A FITS file; its first image, in any unit that `like` could have, or without one in that of
+        `like`.
+    like : Map
+        The map.
+
+    Raises
+    ------
+    MissingFileError, NotFitsError, NoImageError, MissingWcsError, MapUnitError, BlankMapError
+        As `read_map`.
+    RmsMapError
+        If it has another shape or lies elsewhere on the sky than the map, or is not positive
+        somewhere.
+    """
+    path = Path(path)
+    with _mended_headers_unsaid():
+        header, wcs, data = _read_image(path, None, constant=True)
+        celestial, _ = _celestial(wcs, data.shape, path)
+        _refuse_other_grid(path, celestial, data.shape, like)
+        given = None if header.get("BUNIT") else like.unit.to_string()
+        unit = _unit(header, path, given)
+        if unit == like.unit:
+            data /= like.native_per_jy_beam
+        else:
+            frequency = _frequency(header, wcs, path, None) if unit.is_equivalent(u.K) else None
+            data /= _native_per_jy_beam(unit, like.beam, like.wcs, data.shape, frequency)
+    wrong = np.isfinite(like.data) & (data <= 0)
+    if wrong.any():
+        raise RmsMapError(
+            f"{path}: the noise (noise.rms_map) is zero or negative in {wrong.sum()} pixels where "
+            "the map has data; give a positive noise, or NaN where the map is not to be used"
+        )
+    return data
+
+
+def _refuse_other_grid(path: Path, wcs: WCS, shape: tuple[int, ...], like: Map) -> None:
+    """Refuse an image whose pixels are not those of a map."""
+    if shape != like.shape:
+        raise RmsMapError(
+            f"{path}: the map of the noise (noise.rms_map) has {shape[1]} x {shape[0]} pixels, "
+            f"{like.path or like.name} {like.shape[1]} x {like.shape[0]}; give one on the same grid"
+        )
+    ny, nx = shape
+    x, y = np.array([0, nx - 1, (nx - 1) / 2]), np.array([0, ny - 1, (ny - 1) / 2])
+    here, there = (pixel_to_skycoord(x, y, each, origin=0).icrs for each in (wcs, like.wcs))
+    off = here.separation(there).arcsec / like.pixel_scale_arcsec
+    if np.any(off > _SAME_GRID_PIX):
+        raise RmsMapError(
+            f"{path}: the map of the noise (noise.rms_map) lies {np.nanmax(off):.3g} pixels off "
+            f"{like.path or like.name} on the sky; give one on the same grid"
+        )
+
+
 @contextmanager
 def _mended_headers_unsaid() -> Iterator[None]:
     """Ignore the warnings of headers that astropy could mend or do without."""
@@ -780,8 +849,13 @@ def _reason(error: Exception) -> str:
     return text.split(". ")[0].rstrip(".") or type(error).__name__
 
 
-def _read_image(path: Path, hdu: int | str | None) -> tuple[fits.Header, WCS, FloatArray]:
-    """Header, full coordinates and celestial plane (as stored, but longitude first) of an image."""
+def _read_image(
+    path: Path, hdu: int | str | None, constant: bool = False
+) -> tuple[fits.Header, WCS, FloatArray]:
+    """Header, full coordinates and celestial plane (as stored, but longitude first) of an image.
+
+    It may have one and the same value everywhere if `constant`.
+    """
     if not path.is_file():
         fault = "is a folder, not a map" if path.is_dir() else "no such file"
         raise MissingFileError(f"{path}: {fault}; give the path of a FITS file")
@@ -793,7 +867,8 @@ def _read_image(path: Path, hdu: int | str | None) -> tuple[fits.Header, WCS, Fl
             plane = _plane(image.data, rows, columns)
         header = image.header
     plane[np.isinf(plane)] = np.nan
-    _refuse_blank(plane, path)
+    if not constant or np.isnan(plane).all():
+        _refuse_blank(plane, path)
     return header, wcs, plane
 
 

@@ -30,6 +30,7 @@ from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
 from hyperjax.report import fit_lines
+from hyperjax.rms_map import with_rms_map
 from hyperjax.search import find_sources
 from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
 from hyperjax.spectrum import segment_side
@@ -113,8 +114,11 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map has no noise, so that no signal-to-noise ratio can be had.
     MissingFileError, ConfigError
         If the table of sources, where the options name one, is not there or is none.
+    RmsMapError
+        If the map of the noise, where the options name one, does not go with the map.
     """
     seconds: dict[str, float] = {}
+    map = with_rms_map(map, config)
     given = given_sources(config, map.frame)
     placed = None if given is None else place(given, map)
     measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
@@ -139,6 +143,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             found,
             convert_mjy=config.units.convert_mJy,
             shoulder_threshold=config.detection.shoulder_threshold,
+            calibration_error=config.photometry.calibration_error,
         )
         if placed is not None:
             placed.complete(catalog)
@@ -211,7 +216,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         _warn_of_white(map, config, "is too small for the spectrum of its noise, or its beam is")
         return None
     with timed(seconds, "fit", map.name):
-        field = Field(map.data, map.beam_fwhm_pix, box, config)
+        field = Field(map.data, map.beam_fwhm_pix, box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
         _warn_of_white(map, config, "is blank for the most part: its noise has no spectrum")
@@ -280,6 +285,7 @@ def _by_pixels(
         rms = scatter = _noise(map, filtered, config)
         if placed is not None and placed.at_positions:
             found = placed.detections(filtered, scatter)
+            found = found._replace(snr=found.snr / _relative_noise(map, found))
         else:
             found = _detect(map, filtered, scatter, config)
     if config.control.detection_only:
@@ -287,7 +293,7 @@ def _by_pixels(
     else:
         modelled, found, rms = _modelled(map, found, scatter, config, seconds, placed)
         fits = modelled.fits
-    noise = np.where(np.isfinite(map.data), rms, np.nan)
+    noise = _noise_map(map, rms)
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
         smooth = background = map.data - model - high_pass(map.data - model, size)
@@ -304,7 +310,7 @@ def _by_pixels(
             fits = modelled.fits
     return _Measured(
         fits=fits,
-        found=found._replace(rms=np.full(len(found.x), rms)),
+        found=found._replace(rms=rms * _relative_noise(map, found)),
         model=model,
         background=background,
         residual=residual,
@@ -357,7 +363,7 @@ def _modelled(
         first = model_sources(map.data, noise, found, fwhm, config, shapes=shapes).fits
     with timed(seconds, "companions", map.name):
         rest = high_pass(map.data - render_sources(map.shape, first), _filter_size(map, config))
-        if not config.detection.use_manual_rms:
+        if not config.detection.use_manual_rms and map.rms is None:
             rms = clipped_rms(rest) or scatter
         if not config.detection.fixed_peaks:
             fitted = found._replace(x=first.x, y=first.y)
@@ -373,7 +379,7 @@ def _correlation(map: Map, residual: NDArray[np.float64], fits: SourceFits) -> C
     """How the noise of neighbouring pixels is correlated, measured away from all sources."""
     fwhm = map.beam_fwhm_pix
     covered = near_sources(map.shape, fits.x, fits.y, _SOURCE_FWHM * fwhm)
-    noise = np.where(covered, np.nan, residual)
+    noise = np.where(covered, np.nan, residual if map.rms is None else residual / map.rms)
     return measure_correlation(noise, math.ceil(_REACH_FWHM * fwhm))
 
 
@@ -385,12 +391,25 @@ def _filter_size(map: Map, config: Config) -> int:
 
 def _noise_map(map: Map, rms: float) -> NDArray[np.float64]:
     """The noise of every pixel; NaN where the map is blank."""
-    return np.where(np.isfinite(map.data), rms, np.nan)
+    return np.where(np.isfinite(map.data), rms if map.rms is None else map.rms, np.nan)
+
+
+def _relative_noise(map: Map, found: Detections) -> NDArray[np.float64]:
+    """Noise at each source (n,) over the typical noise: 1, unless it was given."""
+    if map.rms is None:
+        return np.ones(len(found.x))
+    there = nearest_values(map.rms, np.nan_to_num(found.x), np.nan_to_num(found.y))
+    return there / float(np.nanmedian(map.rms))
 
 
 def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Config) -> Detections:
-    """Compact sources of a filtered map that stand out of its scatter (Jy/beam)."""
-    return detect(
+    """Compact sources of a filtered map that stand out of its scatter (Jy/beam).
+
+    Where the noise was given, of the scatter times the local noise over the typical one.
+    """
+    if map.rms is not None:
+        filtered = filtered * (np.nanmedian(map.rms) / map.rms)
+    found = detect(
         filtered,
         scatter,
         map.beam_fwhm_pix,
@@ -399,10 +418,14 @@ def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Con
         separation_pix=_separation(map, config),
         source=map.name,
     )
+    relative = _relative_noise(map, found)
+    return found._replace(peak=found.peak * relative, rms=found.rms * relative)
 
 
 def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
     """The noise of a filtered map, Jy/beam."""
+    if map.rms is not None:
+        return float(np.nanmedian(map.rms))
     least = _ROUNDING * np.nanmax(np.abs(map.data))
     if config.detection.use_manual_rms:
         rms = config.detection.rms_value

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MapOutcome",
     "SurveyResult",
+    "configured_map",
     "distinct_maps",
     "n_jobs",
     "output_folder",
@@ -518,11 +519,15 @@ _DROPPED = (
 
 
 def _read(task: _Task) -> Map:
-    config = task.config
     if task.channel is not None:
-        return read_channel(task.path, task.channel, config)
+        return read_channel(task.path, task.channel, task.config)
+    return configured_map(task.path, task.config)
+
+
+def configured_map(path: str | Path, config: Config) -> Map:
+    """Read a map as a configuration says: which extension, unit, beam and frequency."""
     return read_map(
-        task.path,
+        path,
         hdu=config.files.hdu,
         unit=config.units.map_unit,
         beam_fwhm_arcsec=config.survey.beam_fwhm_arcsec,

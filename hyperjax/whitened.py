@@ -29,7 +29,7 @@ from hyperjax.groups import (
     windows,
 )
 from hyperjax.maps import FWHM_PER_SIGMA
-from hyperjax.noise import local_rms
+from hyperjax.noise import clipped_rms, local_rms
 from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
@@ -70,12 +70,15 @@ class Field:
         Side of the box of the high-pass filter, pixels.
     config
         The options.
+    rms
+        (ny, nx) how the noise varies, where that is given; NaN where blank.
     """
 
     data: NDArray[np.float64]
     fwhm_pix: float
     box: int
     config: Config
+    rms: NDArray[np.float64] | None = None
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
@@ -155,7 +158,8 @@ def first_noise(field: Field) -> Noise | None:
     image, valid = _filtered(field, None), field.inner
     if not valid.any():
         return None
-    scale = local_rms(image, valid, _LOCAL_FWHM * field.fwhm_pix)
+    scale = _given_scale(field)
+    scale = scale * _local_noise(field, image / scale)
     if not np.all(scale > _LEAST_NOISE * np.abs(image).max()):
         return None
     unit = np.clip(image / scale, -_CLIP_SIGMA, _CLIP_SIGMA)
@@ -184,13 +188,27 @@ def _normalised(
     """The noise, so that the matched filter's own is 1 everywhere, with what was `fitted` away."""
     white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
     snr, _ = matched(white, noise.spectrum, field.sigma_pix)
-    found = local_rms(snr, field.inner, _LOCAL_FWHM * field.fwhm_pix)
+    found = _local_noise(field, snr)
     if fitted is not None:
         k = fft.fftfreq(len(fitted))
         damping = np.exp(-2 * (np.pi * field.sigma_pix) ** 2 * (k[:, None] ** 2 + k**2))
         passed = (damping * noise.spectrum.transfer(k, k)) ** 2
         found /= np.sqrt(1 - min(np.sum(passed * fitted) / np.sum(passed), _MOST_FITTED))
     return noise._replace(scale=noise.scale * found)
+
+
+def _local_noise(field: Field, image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Noise of an image round every pixel, or that of all of it where its variation is given."""
+    if field.rms is not None:
+        return np.full(image.shape, clipped_rms(np.where(field.inner, image, np.nan)))
+    return local_rms(image, field.inner, _LOCAL_FWHM * field.fwhm_pix)
+
+
+def _given_scale(field: Field) -> NDArray[np.float64]:
+    """The noise that is given, 1 where none is; its median where the map is blank."""
+    if field.rms is None:
+        return np.ones(field.data.shape)
+    return np.where(field.valid, field.rms, np.nanmedian(field.rms))
 
 
 def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:

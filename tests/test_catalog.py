@@ -135,8 +135,9 @@ def catalog_of(
 NAMES = """
 MAP_ID HYPER_ID FLUX_PEAK FLUX_PEAK_ERR FLUX FLUX_ERR FLUX_APCOR FLUX_APCOR_ERR FLUX_TOTAL
 FLUX_TOTAL_ERR RESIDUALS POLYN NMSE CHI2_RED BIC FWHM_1 FWHM_1_ERR FWHM_2 FWHM_2_ERR PA PA_ERR
-STATUS GLON GLAT RA DEC RA_ERR DEC_ERR X_PIX Y_PIX DEBLEND CLUSTER GROUP SHOULDER_SCORE SNR RMS
-FLAGS NITER
+FWHM_1_DECONV FWHM_1_DECONV_ERR FWHM_2_DECONV FWHM_2_DECONV_ERR PA_DECONV PA_DECONV_ERR STATUS
+GLON GLAT RA DEC RA_ERR DEC_ERR X_PIX Y_PIX DEBLEND CLUSTER GROUP SHOULDER_SCORE SNR RMS FLAGS
+NITER
 """.split()
 INTEGERS = {"HYPER_ID", "POLYN", "STATUS", "DEBLEND", "CLUSTER", "GROUP", "FLAGS", "NITER"}
 
@@ -196,6 +197,23 @@ def test_the_local_pixel_area_counts_far_from_the_projection_centre() -> None:
     far, centre = catalog_of(make_fits(2, x=[110.0, 60.0]), field)["FLUX"]
     sine = np.deg2rad(50 * 0.5)
     assert_allclose(far / centre, 1 / np.sqrt(1 - sine**2), rtol=1e-4)
+
+
+def test_a_calibration_error_is_in_all_flux_errors() -> None:
+    fits, field = make_fits(), make_map()
+    args = field, fits, make_apertures(), make_detections()
+    plain = build_catalog(*args)
+    (row,) = with_term = build_catalog(*args, calibration_error=0.05)
+    for name in ("FLUX_PEAK", "FLUX", "FLUX_APCOR", "FLUX_TOTAL"):
+        expected = np.sqrt(plain[f"{name}_ERR"][0] ** 2 + (0.05 * plain[name][0]) ** 2)
+        assert_allclose(row[f"{name}_ERR"].value, expected.value, rtol=1e-12)
+    for name in set(plain.colnames) - {"FLUX_PEAK_ERR", "FLUX_ERR", "FLUX_APCOR_ERR"}:
+        if name != "FLUX_TOTAL_ERR":
+            assert_array_equal(with_term[name], plain[name])
+    assert with_term.meta["calibration_error"] == 0.05
+    assert "calibration_error" in with_term.meta["errors"]
+    assert plain.meta["calibration_error"] == 0
+    assert "without" in plain.meta["errors"]
 
 
 def test_mjy_and_jy_are_the_same_fluxes() -> None:
@@ -308,7 +326,8 @@ def test_without_covariance_only_the_errors_are_missing() -> None:
     catalog = catalog_of(fits)
     missing = {column.name for column in COLUMNS[2:] if np.isnan(catalog[column.name][0])}
     fit_errors = {"FLUX_PEAK_ERR", "FLUX_TOTAL_ERR", "FWHM_1_ERR", "FWHM_2_ERR", "PA_ERR"}
-    assert missing == fit_errors | {"RA_ERR", "DEC_ERR"}
+    own = {"FWHM_1_DECONV_ERR", "FWHM_2_DECONV_ERR", "PA_DECONV_ERR"}
+    assert missing == fit_errors | own | {"RA_ERR", "DEC_ERR"}
     assert decode_flags(catalog["FLAGS"][0]) == ["NO_COVARIANCE"]
     assert catalog["FLAGS"][1] == 0
 

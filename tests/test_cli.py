@@ -32,7 +32,7 @@ from hyperjax.evaluate import matches
 from hyperjax.products import write_extraction
 from hyperjax.simulation import Simulation
 
-COMMANDS = ("run", "init", "simulate", "demo")
+COMMANDS = ("run", "completeness", "init", "simulate", "demo")
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +146,7 @@ PUBLIC = {
     "Beam",
     "BlankMapError",
     "BoundedLevenbergMarquardt",
+    "Completeness",
     "Config",
     "ConfigError",
     "Extraction",
@@ -161,8 +162,10 @@ PUBLIC = {
     "NoImageError",
     "NotFitsError",
     "OutputError",
+    "RmsMapError",
     "Simulation",
     "__version__",
+    "completeness",
     "extract",
     "fit_groups",
     "fit_parameters",
