@@ -113,7 +113,8 @@ def local_rms(
         square = _under_bell(np.where(kept, image, 0.0) ** 2, width_pix)
         known = share > _LEAST_NEAR
         variance = np.divide(square, share, out=np.zeros_like(square), where=known)
-        rms = np.where(known, np.sqrt(variance) / clipped_share(_CLIP_SIGMA, 1), rms)
+        deviation = np.sqrt(np.maximum(variance, 0))  # sums of boxes may round below 0
+        rms = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), rms)
     return rms
 
 

@@ -124,7 +124,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
     fits, found = measured.fits, measured.found
     with timed(seconds, "photometry", map.name):
-        order = np.argsort(-found.peak, kind="stable")
+        order = np.argsort(-found.snr, kind="stable")
         shapes = None
         if placed is not None:
             fits, found = placed.all_rows(fits, found)

@@ -26,6 +26,7 @@ from hyperjax.spectrum import matched
 from hyperjax.whitened import (
     Field,
     Noise,
+    filled_in,
     first_noise,
     fit_new,
     lay_out,
@@ -40,7 +41,6 @@ _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _ROUNDS = 6
-_FINAL_SWEEPS = 2
 
 
 class Found(NamedTuple):
@@ -76,14 +76,13 @@ def find_sources(field: Field) -> Found | None:
         logger.debug("round %d: %d blocks, %d sources", number, changed, len(new.x))
         if number and changed == 0 and len(new.x) == 0:
             break
-    for _ in range(_FINAL_SWEEPS):
+    while True:
         noise = updated_noise(field, noise, fits)
-        swept = sweep(field, noise, fits)
+        swept = sweep(field, noise, filled_in(field, noise, fits))
         keep = _is_source(swept.fits, threshold)
         if keep.all():
             return Found(*swept, noise)
         fits = swept.fits.take(np.flatnonzero(keep))
-    return Found(*sweep(field, noise, fits), noise)
 
 
 def _is_source(fits: SourceFits, threshold: float) -> NDArray[np.bool_]:

@@ -40,13 +40,18 @@ SLOTS = (1, 2, 4, 8, 16)
 _LINK_FWHM = 1.5  # sources that are closer are fitted jointly
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
+_LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
 _CLIP_SIGMA = 3.0  # of pixels, before the sources are known
 _FIRST_ROUNDS = 2  # of the first spectrum, each whitened with the one before
+_MOST_FITTED = 0.8  # share of the noise of the matched filter that fits may have taken
 _LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
 _ALIAS = 0.02  # a mode whose alias is a larger share of it is not used
 _COARSE = 32  # side of the modes that the power of fitted sources is computed on
 _CUT_SIGMA = 3.0  # radius of a source that blank pixels cut into
 _LEAST_VALID = 1e-3
+_WHOLE = 0.97  # share of a source on valid pixels, from which nothing is missing
+_CUT_SWEEPS = 4
+_MOST_RELAXED = 2.5  # of a step of a source that is cut
 _ROUNDING = 1e-12  # of correlations of parameters
 _CHUNK = 64  # sources whose modes are in memory at a time
 
@@ -155,7 +160,7 @@ def first_noise(field: Field) -> Noise | None:
         return None
     scale = _given_scale(field)
     scale = scale * _local_noise(field, image / scale)
-    if not np.all(scale > 0):
+    if not np.all(scale > _LEAST_NOISE * np.abs(image).max()):
         return None
     unit = np.clip(image / scale, -_CLIP_SIGMA, _CLIP_SIGMA)
     spectrum: Spectrum | None = Spectrum.white(field.box)
@@ -171,14 +176,25 @@ def updated_noise(field: Field, noise: Noise, fits: SourceFits) -> Noise:
     unit = _filtered(field, fits) / noise.scale
     fitted = fitted_power(field, noise, fits)
     spectrum = measure_spectrum(unit, field.inner, noise.spectrum, fitted) or noise.spectrum
-    return _normalised(field, Noise(noise.scale, spectrum), unit)
+    return _normalised(field, Noise(noise.scale, spectrum), unit, fitted)
 
 
-def _normalised(field: Field, noise: Noise, unit: NDArray[np.float64]) -> Noise:
-    """The noise, so that the matched filter's own is 1 everywhere."""
+def _normalised(
+    field: Field,
+    noise: Noise,
+    unit: NDArray[np.float64],
+    fitted: NDArray[np.float64] | None = None,
+) -> Noise:
+    """The noise, so that the matched filter's own is 1 everywhere, with what was `fitted` away."""
     white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
     snr, _ = matched(white, noise.spectrum, field.sigma_pix)
-    return noise._replace(scale=noise.scale * _local_noise(field, snr))
+    found = _local_noise(field, snr)
+    if fitted is not None:
+        k = fft.fftfreq(len(fitted))
+        damping = np.exp(-2 * (np.pi * field.sigma_pix) ** 2 * (k[:, None] ** 2 + k**2))
+        passed = (damping * noise.spectrum.transfer(k, k)) ** 2
+        found /= np.sqrt(1 - min(np.sum(passed * fitted) / np.sum(passed), _MOST_FITTED))
+    return noise._replace(scale=noise.scale * found)
 
 
 def _local_noise(field: Field, image: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -430,6 +446,16 @@ def _bounds(
 # --- One sweep --------------------------------------------------------------------------------
 
 
+def filled_in(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
+    """Fit the sources that blank pixels cut into, until what is filled in there is their model."""
+    for _ in range(_CUT_SWEEPS):
+        cut = valid_share(field, fits) < _WHOLE
+        if not cut.any():
+            break
+        fits = sweep(field, noise, fits, cut).fits
+    return fits
+
+
 class Swept(NamedTuple):
     """Fitted sources, and of each block its members and the covariance (6 k, 6 k) of them all."""
 
@@ -437,13 +463,19 @@ class Swept(NamedTuple):
     blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
 
 
-def sweep(field: Field, noise: Noise, fits: SourceFits) -> Swept:
-    """Fit all blocks to what the other sources leave; blocks of one group in turns."""
+def sweep(
+    field: Field, noise: Noise, fits: SourceFits, among: NDArray[np.bool_] | None = None
+) -> Swept:
+    """Fit all blocks to what the other sources leave; blocks of one group in turns.
+
+    Or only the blocks that have one of some sources.
+    """
     fits, fitted = fits.take(np.arange(len(fits.x))), []  # a copy, which changes turn by turn
     group, placed, turn = lay_out(field, fits)
+    wanted = np.array([among is None or among[members].any() for members in placed.members], bool)
     for now in range(np.max(turn, initial=-1) + 1):
         white = white_residual(field, noise, fits)
-        for which in buckets(placed, turn == now).values():
+        for which in buckets(placed, wanted & (turn == now)).values():
             data = window_data(white, field, noise, fits, placed, which)
             fitted += _fit_bucket(field, noise, data, fits, placed, which)
     size = np.bincount(group)[group] if len(group) else group
@@ -494,11 +526,11 @@ def _store(
     params, unit = on_map(
         result.params[row, slot], noise, placed.x0[which[row]], placed.y0[which[row]]
     )
-    for column, values in zip(fits[:6], params.T, strict=True):
-        column[source] = values
+    share = valid_share(field, fits.take(source))
+    _relaxed(field, fits, source, params, share)
     scale = np.ones((*result.params.shape[:2], 6))
     scale[row, slot, 0] = unit
-    scale[row, slot] /= np.sqrt(valid_share(field, fits.take(source)))[:, None]
+    scale[row, slot] /= np.sqrt(share)[:, None]
     flat = scale.reshape(len(scale), -1)
     covariance = result.covariance * flat[:, :, None] * flat[:, None, :]
     own = 6 * slot[:, None] + np.arange(6)
@@ -516,6 +548,27 @@ def _store(
         (block, matrix[: 6 * len(block), : 6 * len(block)])
         for block, matrix in zip(members, covariance, strict=True)
     ]
+
+
+def _relaxed(
+    field: Field,
+    fits: SourceFits,
+    source: NDArray[np.int_],
+    params: NDArray[np.float64],
+    share: NDArray[np.float64],
+) -> None:
+    """Put new parameters in the places of the old ones; further on, where pixels are missing.
+
+    The old model stands in for the missing pixels, so that a step is too short by their share.
+    """
+    old = np.column_stack([column[source] for column in fits[:5]])
+    factor = np.minimum(1 / share, _MOST_RELAXED)[:, None]
+    low, high = _bounds(field, params)
+    stepped = np.clip(old + factor * (params[:, :5] - old), low[:, :5], high[:, :5])
+    stepped[:, 4] = np.minimum(stepped[:, 4], stepped[:, 3])
+    params = np.where((factor > 1) & (np.arange(6) < 5), np.pad(stepped, ((0, 0), (0, 1))), params)
+    for column, values in zip(fits[:6], params.T, strict=True):
+        column[source] = values
 
 
 def valid_share(field: Field, fits: SourceFits) -> NDArray[np.float64]:

@@ -395,11 +395,16 @@ ISOLATED = Simulation(
 )
 
 
+BY_PIXELS = {"noise": {"model": "white"}}
+
+
 def flux_pulls(options: Simulation, way: str, folder: Path) -> NDArray:
     """(measured - true) / error of the total fluxes of an extraction."""
     simulated = simulate(options)
     path, _ = write_simulation(simulated, folder / "map.fits", overwrite=True)
-    found = extract(read_map(path), Config.model_validate({"background": WAYS[way]})).catalog
+    found = extract(
+        read_map(path), Config.model_validate(BY_PIXELS | {"background": WAYS[way]})
+    ).catalog
     truth = simulated.truth
     x, y = found["X_PIX"].value, found["Y_PIX"].value
     row = np.hypot(x[:, None] - truth["X_PIX"], y[:, None] - truth["Y_PIX"]).argmin(axis=0)
@@ -431,7 +436,7 @@ def test_the_order_of_the_joint_background_is_chosen_by_the_method(
     """No background at all: bic keeps to order 0, nmse takes the highest."""
     flat = replace(ISOLATED, gradient=0.0, structure=0.0)
     path, _ = write_simulation(simulate(flat), tmp_path / "map.fits")
-    config = Config.model_validate({"fit_options": {"min_method": method}})
+    config = Config.model_validate(BY_PIXELS | {"fit_options": {"min_method": method}})
     order = extract(read_map(path), config).catalog["POLYN"]
     share = np.mean(order == 0)
     if method == "bic":
@@ -467,7 +472,7 @@ def test_every_fit_is_reported_where_it_is_asked_for(
     path, _ = write_simulation(simulate(replace(ISOLATED, n_sources=6)), tmp_path / "map.fits")
     for verbose in (False, True):
         caplog.clear()
-        config = Config.model_validate({"fit_options": {"verbose": verbose}})
+        config = Config.model_validate(BY_PIXELS | {"fit_options": {"verbose": verbose}})
         with caplog.at_level("INFO", "hyperjax"):
             found = extract(read_map(path), config).catalog
         told = [r.getMessage() for r in caplog.records if "source " in r.getMessage()]

@@ -181,6 +181,7 @@ def test_sources_are_those_of_the_channels_as_maps(made: Made, ran: Ran, tmp_pat
             {
                 "files": {"file_map_name": str(path)},
                 "paths": {"output": {"dir_root": str(tmp_path)}},
+                "noise": {"model": "white"},  # as the channels of cubes are fitted
             }
         ).outcomes[0]
         catalog = QTable.read(ran.out / "params" / f"params_c_ch{channel:04d}.ecsv")

@@ -117,6 +117,7 @@ def observe(tmp_path_factory: pytest.TempPathFactory) -> Observe:
 
 
 DEFAULTS = Config()
+WHITE = Config.model_validate({"noise": {"model": "white"}})
 
 
 def measure(simulated: Simulated, image: Map, config: Config = DEFAULTS) -> Measured:
@@ -216,9 +217,10 @@ def test_areas_of_all_sources_are_unbiased(name: str, measured: dict[str, Measur
 
 @EVERY_CASE
 def test_the_noise_is_that_of_the_map(name: str, measured: dict[str, Measured]) -> None:
-    """Clipping at three sigma takes 1.5 % away."""
+    """It is told from some hundred beams round each place, so that it scatters."""
     rms = measured[name].rows["RMS"].to_value(u.mJy / u.beam)
-    assert_allclose(rms, IN_ALL["rms_mjy_beam"], rtol=0.05)
+    assert_allclose(np.median(rms), IN_ALL["rms_mjy_beam"], rtol=0.05)
+    assert_allclose(rms, IN_ALL["rms_mjy_beam"], rtol=0.25)
     assert np.median(measured[name].rows["CHI2_RED"]) == pytest.approx(1.0, abs=0.08)
 
 
@@ -315,7 +317,8 @@ def assert_same(one: QTable, other: QTable, names: list[str], factor: float = 1.
     assert len(one) == len(other)
     for name in names:
         values, expected = (np.asarray(getattr(t[name], "value", t[name])) for t in (one, other))
-        assert_allclose(values, factor * expected, rtol=1e-5, atol=1e-7 * factor, err_msg=name)
+        rtol = 1e-2 if name == "BIC" else 1e-4  # a difference, which may be about 0
+        assert_allclose(values, factor * expected, rtol=rtol, atol=1e-7 * factor, err_msg=name)
 
 
 def test_a_constant_added_to_the_map_changes_its_background_only(field: Measured) -> None:
@@ -326,7 +329,7 @@ def test_a_constant_added_to_the_map_changes_its_background_only(field: Measured
     assert_same(shifted.catalog, plain, [n for n in UNITLESS + others if n != "NMSE"])
     difference = (shifted.catalog["RESIDUALS"] - plain["RESIDUALS"]).to_value(u.Jy / u.beam)
     assert_allclose(difference, 10.0, rtol=1e-6)
-    assert_allclose(shifted.residual, field.extraction.residual, atol=1e-8)
+    assert_allclose(shifted.residual, field.extraction.residual, atol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
@@ -428,9 +431,10 @@ def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
     assert_array_equal(result.rms, 2e-3)
     assert_allclose(result.catalog["RMS"].to_value(u.mJy / u.beam), 2.0)
     assert (result.detections.peak >= 5 * 2e-3).all()
-    automatic = field.extraction.catalog[: len(result.catalog)]
+    measured = extract(field.extraction.map, WHITE)
+    automatic = measured.catalog[: len(result.catalog)]
     ratio = result.catalog["FLUX_TOTAL_ERR"] / automatic["FLUX_TOTAL_ERR"]
-    assert_allclose(ratio, 2e-3 / field.extraction.rms[0, 0], rtol=0.02)
+    assert_allclose(ratio, 2e-3 / measured.rms[0, 0], rtol=0.02)
 
 
 def flux_and_peak_pulls(options: Simulation, observe: Observe, config: Config) -> NDArray:
@@ -441,25 +445,19 @@ def flux_and_peak_pulls(options: Simulation, observe: Observe, config: Config) -
     return np.array([pull.to_value(u.dimensionless_unscaled) for pull in pulls])
 
 
-def test_errors_in_noise_that_neighbouring_pixels_share(observe: Observe) -> None:
-    """Of 120 sources; errors for white noise are too small."""
+@pytest.mark.parametrize("model", ["auto", "white"])
+def test_errors_in_noise_that_neighbouring_pixels_share(model: str, observe: Observe) -> None:
+    """Of 120 sources, in either way; errors for white noise would be half as large."""
+    config = Config.model_validate({"noise": {"model": model}})
     maps = [replace(CORRELATED, seed=seed) for seed in (1, 2, 3)]
-    auto, white = (
-        np.concatenate(
-            [
-                flux_and_peak_pulls(o, observe, Config.model_validate({"noise": {"model": model}}))
-                for o in maps
-            ],
-            axis=1,
-        )
-        for model in ("auto", "white")
-    )
-    assert_allclose(auto.std(axis=1), 1, atol=0.2)
-    assert (white.std(axis=1) > 1.5).all()
+    pulls = np.concatenate([flux_and_peak_pulls(o, observe, config) for o in maps], axis=1)
+    assert_allclose(pulls.std(axis=1), 1, atol=0.2)
 
 
 def test_the_catalogue_tells_what_the_noise_is(field: Measured, observe: Observe) -> None:
-    assert field.extraction.catalog.meta["noise_model"] == "white"
+    meta = field.extraction.catalog.meta
+    assert meta["noise_model"] == "correlated"
+    assert meta["noise_correlation_fwhm_pix"] == 0
     _, image = observe(CORRELATED)
     meta = extract(image).catalog.meta
     assert meta["noise_model"] == "correlated"
@@ -500,7 +498,7 @@ def test_rows_are_numbered_by_their_signal_to_noise(field: Measured) -> None:
 
 def test_each_step_is_timed(field: Measured) -> None:
     assert all(seconds >= 0 for seconds in field.extraction.seconds.values())
-    assert {"detection", "fit", "photometry", "catalogue"} <= set(field.extraction.seconds)
+    assert {"fit", "images", "errors", "photometry", "catalogue"} <= set(field.extraction.seconds)
 
 
 def test_blank_pixels_stay_blank_and_count_nowhere(observe: Observe) -> None:

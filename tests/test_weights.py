@@ -136,7 +136,7 @@ def fit(
     if config.fit_options.loss != "linear":
         return modelled.fits
     shared = Correlation.white() if correlation is None else Correlation(correlation)
-    return with_noise(modelled, noise, shared)
+    return with_noise(modelled, noise, shared).fits
 
 
 SCHEMES = [

@@ -1,0 +1,237 @@
+"""Sources in correlated noise: found, deblended and measured with errors that hold."""
+
+from pathlib import Path
+from typing import Any
+
+import astropy.units as u
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.stats import mad_std
+from numpy.testing import assert_allclose
+from numpy.typing import NDArray
+from scipy.spatial import KDTree
+
+from hyperjax.config_io import config_from_dict
+from hyperjax.maps import Map, read_map
+from hyperjax.pipeline import Extraction, extract
+from hyperjax.simulation import Simulation, simulate, write_simulation
+from hyperjax.whitened import Field, first_noise, updated_noise
+
+PULLS = {"FLUX_TOTAL": "FLUX_TOTAL", "FLUX_PEAK": "FLUX_PEAK", "FWHM_1": "FWHM_1"}
+
+
+def made(folder: Path, **options: Any) -> tuple[Map, Any]:
+    """A simulated map, read from its file, and its truth."""
+    simulation = simulate(Simulation(**{"shape": (300, 300), "seed": 1} | options))
+    write_simulation(simulation, folder / "map.fits", overwrite=True)
+    return read_map(folder / "map.fits"), simulation.truth
+
+
+def positions(table: Any) -> NDArray:
+    x, y = (u.Quantity(table[name]).value for name in ("X_PIX", "Y_PIX"))
+    return np.column_stack([x, y])
+
+
+def matched_rows(found: Extraction, truth: Any) -> tuple[Any, Any]:
+    """Rows of the catalogue and of the truth that are the same source, each once."""
+    if len(found.catalog) == 0:
+        return found.catalog, truth[:0]
+    distance, index = KDTree(positions(found.catalog)).query(positions(truth))
+    near = distance < 0.7 * found.map.beam_fwhm_pix
+    _, first = np.unique(index[near], return_index=True)
+    rows = np.flatnonzero(near)[first]
+    return found.catalog[index[rows]], truth[rows]
+
+
+@pytest.fixture(scope="module", params=["white", "beam", "1/f"])
+def isolated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Isolated sources in three maps with one kind of noise."""
+    folder, rows, extractions = tmp_path_factory.mktemp("isolated"), [], []
+    for seed in (1, 2, 3):
+        options = {"n_sources": 36, "min_separation_beams": 5.0, "snr_range": (12, 80)}
+        map, truth = made(folder, noise=request.param, seed=seed, **options)
+        extractions.append(extract(map))
+        rows.append((*matched_rows(extractions[-1], truth), truth))
+    return request.param, extractions, rows
+
+
+def test_isolated_sources_are_found_and_nothing_else(isolated: Any) -> None:
+    _, extractions, rows = isolated
+    for extraction, (found, _, truth) in zip(extractions, rows, strict=True):
+        assert len(found) == len(truth)
+        assert len(extraction.catalog) == len(truth)
+        assert extraction.catalog.meta["noise_model"] == "correlated"
+
+
+@pytest.mark.parametrize("column", PULLS)
+def test_errors_are_those_of_the_noise(isolated: Any, column: str) -> None:
+    """The deviations from the truth over the errors have the width 1."""
+    pulls = np.concatenate(
+        [
+            (found[column] - truth[column]) / found[f"{column}_ERR"]
+            for found, truth, _ in isolated[2]
+        ]
+    )
+    # 108 sources: the width of a Gaussian is known to 9 %
+    assert 0.75 < mad_std(u.Quantity(pulls).to_value("")) < 1.3
+
+
+def test_fluxes_are_unbiased(isolated: Any) -> None:
+    ratio = np.concatenate(
+        [found["FLUX_TOTAL"] / truth["FLUX_TOTAL"] for found, truth, _ in isolated[2]]
+    )
+    ratio = u.Quantity(ratio).to_value("")
+    assert np.median(ratio) == pytest.approx(1, abs=0.01)
+    assert np.mean(np.abs(ratio - 1) > 0.3) <= 0.01
+
+
+def test_positions_are_as_good_as_their_errors(isolated: Any) -> None:
+    pulls = []
+    for found, truth, _ in isolated[2]:
+        offset = (positions(found) - positions(truth))[:, 0]
+        pulls.append(offset / found["RA_ERR"].to_value(u.arcsec))  # pixels of 1 arcsec
+    assert 0.75 < mad_std(np.concatenate(pulls)) < 1.3
+
+
+@pytest.mark.parametrize("noise", ["white", "beam", "1/f"])
+def test_noise_alone_has_no_sources(noise: str, tmp_path: Path) -> None:
+    """At 5 sigma less than one is expected in a thousand such maps, at the edges, too."""
+    for seed in (1, 2, 3):
+        map, _ = made(tmp_path, n_sources=0, noise=noise, seed=seed)
+        assert len(extract(map).catalog) == 0
+
+
+def test_two_sources_closer_than_the_beam_are_told_apart(tmp_path: Path) -> None:
+    options = {"noise": "white", "beam_fwhm_pix": 5.0, "shape": (200, 200), "rms_mjy_beam": 1.0}
+    places, flux = ((60.0, 60.0), (64.0, 61.0), (140.0, 130.0), (140.0, 134.2)), 0.1
+    shapes = ((5.0, 5.0, 0.0),) * 4
+    map, truth = made(tmp_path, positions=places, fluxes=(flux,) * 4, shapes=shapes, **options)
+    found = extract(map)
+    assert len(found.catalog) == 4
+    rows, true = matched_rows(found, truth)
+    assert_allclose(rows["FLUX_TOTAL"] / true["FLUX_TOTAL"], 1, atol=0.1)
+    error = np.hypot(*(positions(rows) - positions(true)).T)
+    assert (error < 0.25).all()
+
+
+def test_one_round_source_stays_one(tmp_path: Path) -> None:
+    """At any brightness, of the size of the beam and twice that."""
+    places = tuple((40.0 + 55 * i, 40.0 + 55 * j) for i in range(4) for j in range(4))
+    fluxes = tuple(0.1 * 1.3**i for i in range(16))
+    shapes = tuple((4.0 * (1 + i % 2),) * 2 + (0.0,) for i in range(16))
+    options = {"shape": (250, 250), "noise": "beam", "rms_mjy_beam": 1.0}
+    map, truth = made(tmp_path, positions=places, fluxes=fluxes, shapes=shapes, **options)
+    found = extract(map)
+    assert len(found.catalog) == len(truth)
+
+
+@pytest.mark.parametrize("blank", ["nan", "zero"])
+def test_blank_pixels_make_no_sources_and_spoil_none(blank: str, tmp_path: Path) -> None:
+    options = {
+        "noise": "beam",
+        "n_sources": 40,
+        "min_separation_beams": 4.0,
+        "snr_range": (15, 60),
+        "border_pix": 12,
+        "n_holes": 6,
+        "hole_radius_beams": 2.0,
+        "edge_margin_beams": 1.0,
+    }
+    map, truth = made(tmp_path, blank=blank, **options)
+    found = extract(map)
+    rows, true = matched_rows(found, truth)
+    assert len(found.catalog) == len(rows)
+    assert len(rows) >= 0.9 * len(truth)
+    pulls = ((rows["FLUX_TOTAL"] - true["FLUX_TOTAL"]) / rows["FLUX_TOTAL_ERR"]).to_value("")
+    assert 0.6 < mad_std(pulls) < 1.5
+    assert np.isnan(found.residual).sum() == np.isnan(map.data).sum()
+
+
+def test_noise_that_varies_over_the_map(tmp_path: Path) -> None:
+    """Errors follow it, and faint peaks of the noisy side are no sources."""
+    map, truth = made(
+        tmp_path,
+        noise="white",
+        n_sources=40,
+        min_separation_beams=4.0,
+        snr_range=(30, 90),
+        rms_mjy_beam=1.0,
+    )
+    ramp = np.linspace(1, 5, map.shape[1])
+    rng, rms = np.random.default_rng(5), 1e-3
+    with fits.open(tmp_path / "map.fits", mode="update") as hdus:
+        scale = map.native_per_jy_beam
+        more = rng.normal(size=map.shape) * rms * np.sqrt(ramp**2 - 1)
+        hdus[0].data = (hdus[0].data + more * scale).astype(hdus[0].data.dtype)
+    found = extract(read_map(tmp_path / "map.fits"))
+    ratio = found.rms[:, 40:-40] / (rms * ramp[40:-40])
+    assert np.abs(ratio - 1).max() < 0.35
+    assert np.median(ratio) == pytest.approx(1, abs=0.05)
+    rows, true = matched_rows(found, truth)
+    assert len(found.catalog) == len(rows)
+    pulls = ((rows["FLUX_TOTAL"] - true["FLUX_TOTAL"]) / rows["FLUX_TOTAL_ERR"]).to_value("")
+    assert 0.7 < mad_std(pulls) < 1.4
+
+
+@pytest.mark.parametrize(
+    ("options", "taken_for"),
+    [
+        ({}, "correlated"),
+        ({"noise": {"model": "correlated"}}, "correlated"),
+        ({"noise": {"model": "white"}}, "white"),
+        ({"fit_options": {"loss": "cauchy"}}, "white"),
+        ({"background": {"polynomial_orders": [1]}}, "white"),
+        ({"detection": {"use_manual_rms": True, "rms_value": 1e-3}}, "white"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_noise_is_taken_for(
+    options: dict[str, Any], taken_for: str, tmp_path: Path
+) -> None:
+    map, truth = made(tmp_path, shape=(120, 120), n_sources=4, snr_range=(50, 60), rms_mjy_beam=1.0)
+    found = extract(map, config_from_dict(options))
+    assert found.catalog.meta["noise_model"] == taken_for
+    assert len(found.catalog) == len(truth)
+
+
+@pytest.mark.parametrize("asked", ["auto", "correlated"])
+def test_a_map_without_a_spectrum_is_fitted_by_pixels(
+    asked: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    map, _ = made(tmp_path, shape=(40, 60), n_sources=1, snr_range=(50, 60), edge_margin_beams=3.0)
+    with caplog.at_level("INFO"):
+        found = extract(map, config_from_dict({"noise": {"model": asked}}))
+    assert found.catalog.meta["noise_model"] == "white"
+    said = [record for record in caplog.records if "too small for the spectrum" in record.message]
+    assert [record.levelname for record in said] == ["WARNING" if asked == "correlated" else "INFO"]
+
+
+def test_the_spectrum_is_measured_without_the_sources(tmp_path: Path) -> None:
+    """The noise that is found under many sources is that of the same map without them."""
+    options = {"noise": "beam", "shape": (260, 260)}
+    crowded, _ = made(tmp_path, n_sources=120, snr_range=(10, 60), **options)
+    empty, _ = made(tmp_path, n_sources=0, **options)
+    config = config_from_dict({})
+    fields = [Field(map.data, map.beam_fwhm_pix, 41, config) for map in (crowded, empty)]
+    alone = first_noise(fields[1])
+    assert alone is not None
+    with_sources = first_noise(fields[0])
+    assert with_sources is not None
+    fits_of = extract(crowded, config).fits
+    cleaned = updated_noise(fields[0], with_sources, fits_of)
+
+    def middle(noise: Any) -> float:
+        return float(np.median(noise.rms))
+
+    assert middle(with_sources) > 1.1 * middle(alone)
+    assert middle(cleaned) == pytest.approx(middle(alone), rel=0.05)
+
+
+def test_the_same_map_in_other_units_has_the_same_sources(tmp_path: Path) -> None:
+    """The fit is scale-invariant, and a constant changes nothing."""
+    map, _ = made(tmp_path, shape=(150, 150), n_sources=8, snr_range=(20, 60))
+    scaled = Map(**{**vars(map), "data": 1e-7 * (map.data + 3 * np.nanmax(map.data))})
+    one, other = extract(map).fits, extract(scaled).fits
+    assert_allclose(other.peak, 1e-7 * one.peak, rtol=1e-6)
+    assert_allclose(other.x, one.x, atol=1e-5)
