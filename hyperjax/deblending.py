@@ -33,6 +33,9 @@ NEAR_FWHM = 1.5
 LEAST_SNR_SQUARED = 5.0
 """A source whose total flux is less significant is none."""
 
+ON_BOUND = 0.999
+"""Share of the largest size from which a source is as large as it may be."""
+
 _PARAMETERS = 6
 _MISMATCH = 0.02  # of a source's S/N: what of it is no Gaussian
 _EXTENDED_MISMATCH = 0.25  # the same of an extended source: a disc has that
@@ -259,7 +262,7 @@ def _tried(
             )
             cost[which] = result.cost
             power[which] = np.sum(data[window] ** 2, axis=(1, 2))
-            sound = _are_sources(result, row)
+            sound = _are_sources(field, result, row)
             for i, option in enumerate(which):
                 if sound[i]:
                     corner = np.full(count[option], block[option])
@@ -268,8 +271,8 @@ def _tried(
     return _Trial(cost, power, sources)
 
 
-def _are_sources(result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:
-    """Whether a fit (group,) converged to sources whose total fluxes are all significant."""
+def _are_sources(field: Field, result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:
+    """Whether a fit (group,) converged to sources that are compact and significant, all of them."""
     slot = np.arange(len(row)) - np.searchsorted(row, row)
     own = _PARAMETERS * slot[:, None] + np.arange(_PARAMETERS)
     covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
@@ -278,7 +281,8 @@ def _are_sources(result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:
     slope = np.column_stack([major * minor, zero, zero, peak * minor, peak * major, zero])
     variance = quadratic_form(slope, covariance)
     significant = (peak * major * minor) ** 2 > LEAST_SNR_SQUARED * variance
-    missing = np.bincount(row, ~(significant & (variance > 0)), len(result.cost))
+    sound = significant & (variance > 0) & (major < ON_BOUND * field.largest_pix)
+    missing = np.bincount(row, ~sound, len(result.cost))
     return np.asarray((missing == 0) & (result.status == CONVERGED))
 
 

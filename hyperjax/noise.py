@@ -11,7 +11,7 @@ from scipy import fft, ndimage
 
 _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
-_LOCAL_ROUNDS = 4
+_LOCAL_ROUNDS = 3
 _LEAST_NEAR = 1e-3  # share of valid pixels round a pixel that its local noise is told from
 _SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
 _LEAST_CORRELATION = 0.03  # what is less is taken for none

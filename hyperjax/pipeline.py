@@ -34,7 +34,7 @@ from hyperjax.rms_map import with_rms_map
 from hyperjax.search import find_sources
 from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
 from hyperjax.spectrum import segment_side
-from hyperjax.whitened import Field, significance
+from hyperjax.whitened import Field, pixel_rms, significance
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         model = render_sources(map.shape, fits)
         residual = high_pass(map.data - model, size)
         background = map.data - model - residual
-        rms = np.where(field.valid, noise.rms, np.nan)
+        rms = np.where(field.valid, pixel_rms(field, noise, fits), np.nan)
         fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
         found = _detections(fits, rms, high_pass(map.data, size), map, config)
     with timed(seconds, "errors", map.name):

@@ -15,6 +15,7 @@ from scipy.spatial import KDTree
 from hyperjax.deblending import (
     LEAST_SNR_SQUARED,
     NEAR_FWHM,
+    ON_BOUND,
     Peaks,
     better_blocks,
     non_gaussian,
@@ -63,7 +64,7 @@ def find_sources(field: Field) -> Found | None:
     for number in range(_ROUNDS):
         noise = updated_noise(field, noise, fits)
         fits = sweep(field, noise, fits).fits
-        keep = _is_source(fits, threshold if number else 0.0)
+        keep = _is_source(field, fits, threshold if number else 0.0)
         fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
         white = white_residual(field, noise, fits)
         peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
@@ -79,13 +80,13 @@ def find_sources(field: Field) -> Found | None:
     while True:
         noise = updated_noise(field, noise, fits)
         swept = sweep(field, noise, filled_in(field, noise, fits))
-        keep = _is_source(swept.fits, threshold)
+        keep = _is_source(field, swept.fits, threshold)
         if keep.all():
             return Found(*swept, noise)
         fits = swept.fits.take(np.flatnonzero(keep))
 
 
-def _is_source(fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
+def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
     """Whether the total flux of each source is significant.
 
     An isolated source must reach the threshold; members of a group were compared with what their
@@ -94,7 +95,24 @@ def _is_source(fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
     flux, error = model_flux(fits)
     ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
     least = np.where(fits.group_size > 1, 0.0, threshold)
-    return np.asarray((ratio >= least) & (ratio**2 > LEAST_SNR_SQUARED))
+    return np.asarray((ratio >= least) & (ratio**2 > LEAST_SNR_SQUARED) & ~_is_halo(field, fits))
+
+
+def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
+    """Whether a source (n,) is as large as it may be, and holds a brighter one.
+
+    That is what the first look at the noise makes of the surroundings of very bright sources.
+    """
+    out = np.zeros(len(fits.x), bool)
+    large = np.flatnonzero(fits.sigma_major >= ON_BOUND * field.largest_pix)
+    if large.size:
+        reach = FWHM_PER_SIGMA * field.largest_pix
+        near = KDTree(_positions(fits)).query_ball_point(_positions(fits.take(large)), reach)
+        out[large] = [
+            fits.peak[found].max() > fits.peak[index]
+            for index, found in zip(large, near, strict=True)
+        ]
+    return out
 
 
 def find_peaks(field: Field, noise: Noise, white: NDArray[np.float64], threshold: float) -> Peaks:
@@ -128,7 +146,10 @@ def _vertex(
 def _isolated(
     field: Field, noise: Noise, white: NDArray[np.float64], peaks: Peaks, fits: SourceFits
 ) -> SourceFits:
-    """Sources at those peaks above the threshold that are at no source yet."""
+    """Sources at those peaks above the threshold that are at no source yet.
+
+    What is as large as a source may be is what bright sources or the background have left.
+    """
     threshold = field.config.detection.sigma_thres
     bright = peaks.take(peaks.snr > threshold)
     if len(fits.x):
@@ -136,7 +157,8 @@ def _isolated(
         bright = bright.take(distance >= NEAR_FWHM * field.fwhm_pix)
         bright = bright.take(_stand_out(field, fits, bright))
     new = fit_new(field, noise, white, _as_sources(field, bright))
-    return new.take(np.flatnonzero(_is_source(new, threshold)))
+    is_compact = new.sigma_major < ON_BOUND * field.largest_pix
+    return new.take(np.flatnonzero(_is_source(field, new, threshold) & is_compact))
 
 
 def _stand_out(field: Field, fits: SourceFits, peaks: Peaks) -> NDArray[np.bool_]:

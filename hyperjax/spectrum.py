@@ -57,11 +57,6 @@ class Spectrum:
         mean = _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box)
         return np.asarray((1 - mean) * self.whitening(ky, kx))
 
-    @property
-    def rms(self) -> float:
-        """Standard deviation of a pixel."""
-        return math.sqrt(np.mean(self.power))
-
 
 def _box_mean(k: NDArray[np.float64], side: int) -> NDArray[np.float64]:
     """Transform of the mean over `side` pixels: Dirichlet's kernel."""

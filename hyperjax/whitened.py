@@ -46,7 +46,8 @@ _FIRST_ROUNDS = 2  # of the first spectrum, each whitened with the one before
 _MOST_FITTED = 0.8  # share of the noise of the matched filter that fits may have taken
 _LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
 _ALIAS = 0.02  # a mode whose alias is a larger share of it is not used
-_COARSE = 32  # side of the modes that the power of fitted sources is computed on
+_COARSE = 32, 64, 128  # sides of the modes that the power of fitted sources is computed on
+_COARSE_FWHM = 8.0  # least of them, beam FWHM
 _CUT_SIGMA = 3.0  # radius of a source that blank pixels cut into
 _LEAST_VALID = 1e-3
 _WHOLE = 0.97  # share of a source on valid pixels, from which nothing is missing
@@ -113,6 +114,11 @@ class Field:
         return HighPass(self.valid, self.box)
 
     @property
+    def largest_pix(self) -> float:
+        """The largest sigma of a source, pixels."""
+        return self.config.photometry.aper_sup * self.sigma_pix
+
+    @property
     def sigma_pix(self) -> float:
         """Standard deviation of the beam, pixels."""
         return self.fwhm_pix / FWHM_PER_SIGMA
@@ -126,11 +132,6 @@ class Noise(NamedTuple):
 
     scale: NDArray[np.float64]
     spectrum: Spectrum
-
-    @property
-    def rms(self) -> NDArray[np.float64]:
-        """Standard deviation (ny, nx) of a pixel, Jy/beam."""
-        return self.scale * self.spectrum.rms
 
 
 class Layout(NamedTuple):
@@ -217,6 +218,12 @@ def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
     return np.nan_to_num(field.high_pass(left)) * field.taper
 
 
+def pixel_rms(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
+    """Standard deviation (ny, nx) of a pixel of the filtered map without sources, Jy/beam."""
+    unit = _filtered(field, fits) / noise.scale
+    return noise.scale * clipped_rms(np.where(field.inner, unit, np.nan))
+
+
 def white_residual(field: Field, noise: Noise, fits: SourceFits | None) -> NDArray[np.float64]:
     """What the sources leave of the map, whitened: noise of unit variance, 0 where blank."""
     white = whiten(_filtered(field, fits) / noise.scale, noise.spectrum)
@@ -236,9 +243,10 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     """
     side = segment_side(field.data.shape)
     known = np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable
-    some, k = fits.take(np.flatnonzero(known)), fft.fftfreq(_COARSE)
+    coarse = next((c for c in _COARSE if c >= _COARSE_FWHM * field.fwhm_pix), _COARSE[-1])
+    some, k = fits.take(np.flatnonzero(known)), fft.fftfreq(coarse)
     variance = nearest_values(noise.scale, some.x, some.y)[:, None, None] ** 2
-    total = np.zeros((_COARSE, _COARSE))
+    total = np.zeros((coarse, coarse))
     for first in range(0, len(some.x), _CHUNK):
         part = some.take(np.arange(first, min(first + _CHUNK, len(some.x))))
         covariance = part.covariance / variance[first : first + _CHUNK]
@@ -247,7 +255,7 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
             flat = columns.reshape(*columns.shape[:2], -1)
             total += np.sum((own @ flat) * flat, axis=(0, 1)).reshape(total.shape)
     fine = fft.fftfreq(side)
-    y, x = np.meshgrid(fine * _COARSE, fine * _COARSE, indexing="ij")
+    y, x = np.meshgrid(fine * coarse, fine * coarse, indexing="ij")
     smooth = ndimage.map_coordinates(total, [y, x], order=1, mode="grid-wrap")
     return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
 
