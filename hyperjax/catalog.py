@@ -187,9 +187,10 @@ COLUMNS: tuple[Column, ...] = (
         "SNR",
         float,
         None,
-        "Of the detection: brightest pixel of the high-pass filtered map at the source (of the "
-        "filtered residual for a source found there), over the scatter of the filtered map, which "
-        "sigma_thres is a multiple of; not FLUX_PEAK / RMS",
+        "Significance of the source as it was found; not FLUX_PEAK / RMS. Where noise_model is "
+        "correlated: its peak over the error of that with position and shape as fitted. Where it "
+        "is white: brightest pixel of the high-pass filtered map at the source (of the filtered "
+        "residual for a source found there), over the scatter of the filtered map",
     ),
     Column("RMS", float, _JY_BEAM, "Noise of the map at the source"),
     Column("FLAGS", int, None, "Bits that are explained in the table's metadata"),

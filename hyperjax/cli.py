@@ -61,6 +61,25 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks of errors, and log every detail.")
 ]
 
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="UNIT",
+        help="Brightness unit: Jy/beam, Jy/pix, MJy/sr, K. Default: that of the header.",
+    ),
+]
+BeamFwhm = Annotated[
+    float | None,
+    typer.Option(metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."),
+]
+RmsMap = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RMS.fits",
+        help="FITS image of the noise of the map, on its grid. Default: measured.",
+    ),
+]
+
 
 @contextmanager
 def _errors_in_one_line(debug: bool = False) -> Iterator[None]:
@@ -181,8 +200,8 @@ def run(
             "--sigma",
             "-s",
             metavar="N",
-            help="Detection threshold, in units of the scatter of the filtered map, which many "
-            "bright sources raise. Default: 5.",
+            help="Threshold, in units of the noise: of the peaks of the matched filter, and of "
+            "the total fluxes that are fitted. Default: 5.",
         ),
     ] = None,
     jobs: Annotated[
@@ -191,26 +210,9 @@ def run(
             "--jobs", "-j", metavar="N", help="Maps worked on at the same time. Default: 2."
         ),
     ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="UNIT",
-            help="Brightness unit: Jy/beam, Jy/pix, MJy/sr, K. Default: that of the header.",
-        ),
-    ] = None,
-    beam: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
-        ),
-    ] = None,
-    rms_map: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RMS.fits",
-            help="FITS image of the noise of the map, on its grid. Default: measured.",
-        ),
-    ] = None,
+    unit: Unit = None,
+    beam: BeamFwhm = None,
+    rms_map: RmsMap = None,
     frequency: Annotated[
         float | None,
         typer.Option(
@@ -551,23 +553,9 @@ def completeness(
         tuple[float, float],
         typer.Option(metavar="LOW HIGH", help="Range of the FWHM, beam included, in beams."),
     ] = (1.0, 1.0),
-    unit: Annotated[
-        str | None,
-        typer.Option(metavar="UNIT", help="Brightness unit. Default: that of the header."),
-    ] = None,
-    beam: Annotated[
-        float | None,
-        typer.Option(
-            metavar="ARCSEC", help="FWHM of the beam, arcsec. Default: that of the header."
-        ),
-    ] = None,
-    rms_map: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RMS.fits",
-            help="FITS image of the noise of the map, on its grid. Default: measured.",
-        ),
-    ] = None,
+    unit: Unit = None,
+    beam: BeamFwhm = None,
+    rms_map: RmsMap = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -278,8 +278,10 @@ class Detection(_Section):
 
     sigma_thres: Positive = Field(
         default=5.0,
-        description="Threshold: how high a peak must stand above the mean of the filtered map, in "
-        "units of its scatter, which many bright sources raise [scatter].",
+        description="Threshold. In noise of a measured spectrum (noise.model): signal-to-noise "
+        "ratio of a peak of the matched filter, and of the total flux that is fitted there. Where "
+        "pixels are fitted: how high a peak must stand above the mean of the filtered map, in "
+        "units of its scatter, which many bright sources raise [noise].",
     )
     use_manual_rms: bool = Field(
         default=False,

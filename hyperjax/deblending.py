@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 
 from hyperjax.fitting import CONVERGED, FitOptions, FitResult
 from hyperjax.groups import Windows, block_of, members_of
-from hyperjax.photometry import quadratic_form
+from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
     SLOTS,
@@ -78,7 +78,7 @@ class _Trial(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of the alternatives: the sources, which of them are new, and which blocks gained.
+    """What came of the alternatives: the sources, and how many blocks have changed.
 
     `settled` (n,) are the sources for which nothing came near to being better.
     """
@@ -276,12 +276,10 @@ def _are_sources(field: Field, result: FitResult, row: NDArray[np.int_]) -> NDAr
     slot = np.arange(len(row)) - np.searchsorted(row, row)
     own = _PARAMETERS * slot[:, None] + np.arange(_PARAMETERS)
     covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
-    peak, _, _, major, minor, _ = result.params[row, slot].T
-    zero = np.zeros_like(peak)
-    slope = np.column_stack([major * minor, zero, zero, peak * minor, peak * major, zero])
-    variance = quadratic_form(slope, covariance)
-    significant = (peak * major * minor) ** 2 > LEAST_SNR_SQUARED * variance
-    sound = significant & (variance > 0) & (major < ON_BOUND * field.largest_pix)
+    sources = SourceFits.guess(result.params[row, slot])._replace(covariance=covariance)
+    flux, error = model_flux(sources)
+    significant = (error > 0) & (flux**2 > LEAST_SNR_SQUARED * error**2)
+    sound = significant & (sources.sigma_major < ON_BOUND * field.largest_pix)
     missing = np.bincount(row, ~sound, len(result.cost))
     return np.asarray((missing == 0) & (result.status == CONVERGED))
 

@@ -131,9 +131,7 @@ def model_sources(
         fits, backgrounds = _with_separate(fits, backgrounds, separate, placed)
     level = level_at(placed, backgrounds, fits.x, fits.y)
     fits = fits._replace(background=level)
-    size = np.bincount(group)[group] if len(x) else group
-    fits = fits._replace(group=group, group_size=size)
-    return Modelled(fits, placed, backgrounds, fitted, joint, separate)
+    return Modelled(fits.in_groups(group), placed, backgrounds, fitted, joint, separate)
 
 
 def _with_new(known: SourceFits, start: _Start) -> SourceFits:
@@ -544,10 +542,5 @@ def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:
     group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
     unknown = np.full(n, np.nan)
     params = (found.peak, found.x, found.y, unknown, unknown, unknown)
-    return SourceFits.unknown(n)._replace(
-        **dict(zip(SourceFits._fields[:6], params, strict=True)),
-        group=group,
-        group_size=np.bincount(group)[group] if n else group,
-        order=np.full(n, -1),
-        status=np.full(n, -1),
-    )
+    fits = SourceFits.guess(np.column_stack(params)).in_groups(group)
+    return fits._replace(order=np.full(n, -1), status=np.full(n, -1))

@@ -219,7 +219,9 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         field = Field(map.data, map.beam_fwhm_pix, box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
-        _warn_of_white(map, config, "is blank for the most part: its noise has no spectrum")
+        _warn_of_white(
+            map, config, "is blank for the most part, or without noise: there is no spectrum"
+        )
         return None
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):

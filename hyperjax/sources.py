@@ -85,6 +85,11 @@ class SourceFits(NamedTuple):
         """Some of the sources."""
         return SourceFits(**{name: column[index] for name, column in self._asdict().items()})
 
+    def in_groups(self, group: NDArray[np.int_]) -> "SourceFits":
+        """The sources with the labels of their groups, from 0, and the groups' sizes."""
+        size = np.bincount(group)[group] if len(group) else group
+        return self._replace(group=group, group_size=size)
+
     def and_more(self, more: "SourceFits") -> "SourceFits":
         """These sources, and after them others."""
         return SourceFits(*(np.concatenate(pair) for pair in zip(self, more, strict=True)))

@@ -508,14 +508,21 @@ def _why_empty(extraction: "Extraction") -> str:
     return (
         f"{extraction.map.name}: no source of {options.sigma_thres:g} times the noise "
         f"({threshold}) or more; the brightest pixel has {brightest:.3g} times the noise"
-        + ("; lower --sigma or detection.sigma_thres to find fainter ones" if below else _DROPPED)
+        + (
+            "; lower --sigma or detection.sigma_thres to find fainter ones"
+            if below
+            else _DROPPED[extraction.catalog.meta["noise_model"]]
+        )
     )
 
 
-_DROPPED = (
-    " but is too close to an edge (photometry.aper_inf) or has not the shape of a source "
-    "(detection.roundlim, sharplim, shoulder_filter)"
-)
+_DROPPED = {
+    "correlated": " but is too close to an edge (photometry.aper_inf), or a fit there has a total "
+    "flux below that many times its error",
+    "white": " but is too close to an edge (photometry.aper_inf) or has not the shape of a source "
+    "(detection.roundlim, sharplim, shoulder_filter)",
+}
+"""Why a bright pixel may be no source, by what the noise was taken for."""
 
 
 def _read(task: _Task) -> Map:

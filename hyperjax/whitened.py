@@ -114,6 +114,11 @@ class Field:
         return HighPass(self.valid, self.box)
 
     @property
+    def smallest_pix(self) -> float:
+        """The smallest sigma of a source, pixels."""
+        return self.config.photometry.aper_inf * self.sigma_pix
+
+    @property
     def largest_pix(self) -> float:
         """The largest sigma of a source, pixels."""
         return self.config.photometry.aper_sup * self.sigma_pix
@@ -437,16 +442,12 @@ def _bounds(
     field: Field, start: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Lower and upper bounds of sources (k, 6)."""
-    sizes, options = field.config.photometry, field.config.fit_options
-    shift = max(1.0, options.position_range_fwhm * field.fwhm_pix)
+    shift = max(1.0, field.config.fit_options.position_range_fwhm * field.fwhm_pix)
     lower, upper = start.copy(), start.copy()
     lower[:, 0], upper[:, 0] = 0.0, np.inf
     lower[:, 1:3] -= shift
     upper[:, 1:3] += shift
-    lower[:, 3:5], upper[:, 3:5] = (
-        sizes.aper_inf * field.sigma_pix,
-        sizes.aper_sup * field.sigma_pix,
-    )
+    lower[:, 3:5], upper[:, 3:5] = field.smallest_pix, field.largest_pix
     lower[:, 5], upper[:, 5] = 0.0, np.pi
     return lower, upper
 
@@ -486,8 +487,7 @@ def sweep(
         for which in buckets(placed, wanted & (turn == now)).values():
             data = window_data(white, field, noise, fits, placed, which)
             fitted += _fit_bucket(field, noise, data, fits, placed, which)
-    size = np.bincount(group)[group] if len(group) else group
-    return Swept(fits._replace(group=group, group_size=size), fitted)
+    return Swept(fits.in_groups(group), fitted)
 
 
 def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceFits) -> SourceFits:
@@ -498,8 +498,7 @@ def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceF
     for which in buckets(placed).values():
         data = window_data(white, field, noise, absent, placed, which)
         _fit_bucket(field, noise, data, new, placed, which)
-    size = np.bincount(group)[group] if len(group) else group
-    return new._replace(group=group, group_size=size)
+    return new.in_groups(group)
 
 
 def _fit_bucket(

@@ -71,4 +71,11 @@ def test_every_key_of_the_older_dialect_is_read(key: str) -> None:
     options: dict[str, Any] = {section: {name: values[key]}}
     if key == "control.fixed_source_table_path":
         options[section]["use_fixed_source_table"] = False
-    config_from_dict(options)
+    config = config_from_dict(options)
+    read, meant = {
+        "paths.dir_comm": (config.paths.output.dir_root, "a"),
+        "control.use_fixed_source_table": (config.detection.use_fixed_source_table, False),
+        "control.fixed_source_table_path": (config.detection.fixed_source_table_path, "t.txt"),
+        "background.no_background": (config.background.fit_gauss_and_bg_together, False),
+    }[key]
+    assert read == meant

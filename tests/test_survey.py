@@ -246,18 +246,25 @@ def test_a_map_that_cannot_be_read_is_in_the_log_of_the_run_only(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("brightest", "words"),
+    ("brightest", "model", "words"),
     [
-        (3.21, "pixel has 3.21 times the noise; lower --sigma or detection.sigma_thres"),
-        (7.5, "pixel has 7.5 times the noise but is too close to an edge (photometry.aper_inf)"),
+        (3.21, "white", "pixel has 3.21 times the noise; lower --sigma or detection.sigma_thres"),
+        (
+            7.5,
+            "white",
+            "pixel has 7.5 times the noise but is too close to an edge (photometry.aper_",
+        ),
+        (7.5, "white", "(detection.roundlim, sharplim, shoulder_filter)"),
+        (7.5, "correlated", "or a fit there has a total flux below that many times its error"),
     ],
 )
 def test_a_map_without_sources_says_what_would_have_been_one(
-    tmp_path: Path, extract_with: Callable[[Any], None], brightest: float, words: str
+    tmp_path: Path, extract_with: Callable[[Any], None], brightest: float, model: str, words: str
 ) -> None:
     def nothing(image: Any, config: Config) -> Any:
         found = one_source(image, config)
         found.catalog = found.catalog[:0]
+        found.catalog.meta["noise_model"] = model
         found.residual = np.zeros(image.shape)
         found.residual[3, 3] = brightest * 1e-3
         return found
