@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from astropy.wcs import WCS
     from numpy.typing import NDArray
 
-    from hyperjax.config import Config
     from hyperjax.maps import Beam
     from hyperjax.pipeline import Extraction
 
@@ -135,14 +134,9 @@ def scene_of(extraction: Extraction) -> Scene:
         number=np.asarray(catalog["HYPER_ID"]),
         group=np.asarray(catalog["GROUP"]),
         fwhm_pix=map_.beam_fwhm_pix,
-        reach=reach_of(extraction.config, map_.beam_fwhm_pix),
+        reach=float(extraction.catalog.meta["fit_reach_pix"]),
         per_jy=extraction.config.units.per_jy,
     )
-
-
-def reach_of(config: Config, fwhm_pix: float) -> float:
-    """Return how far from its sources a group is fitted, pixels."""
-    return config.fit_options.window_fwhm * fwhm_pix
 
 
 def cutouts(scene: Scene, kind: str, numbers: NDArray[np.int_] | None = None) -> Iterator[Cutout]:
