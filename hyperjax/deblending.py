@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-from hyperjax.fitting import CONVERGED, FitOptions, FitResult
+from hyperjax.fitting import CONVERGED, FitResult
 from hyperjax.groups import Windows, block_of, members_of
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
+    ROUGH,
     SLOTS,
     Field,
     Noise,
@@ -41,7 +42,6 @@ _MISMATCH = 0.02  # of a source's S/N: what of it is no Gaussian
 _EXTENDED_MISMATCH = 0.25  # the same of an extended source: a disc has that
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
-_ROUGH = FitOptions(ftol=2e-3, max_steps=15)  # enough to tell a gain of some tens
 _SMALLEST = 0.7  # of the minor axis: sizes of the halves of a source that is narrower than the beam
 _LEAST_OFFSET = 0.5  # of the halves from the middle, sigma of the beam
 
@@ -258,7 +258,7 @@ def _tried(
             starts = np.concatenate([options[i].sources for i in which])
             row = np.repeat(np.arange(len(which)), count[which])
             result = fit_windows(
-                field, data[window], weight[window], starts, row, int(kind), int(side), _ROUGH
+                field, data[window], weight[window], starts, row, int(kind), int(side), ROUGH
             )
             cost[which] = result.cost
             power[which] = np.sum(data[window] ** 2, axis=(1, 2))

@@ -20,11 +20,13 @@ from hyperjax.deblending import (
     better_blocks,
     non_gaussian,
 )
+from hyperjax.fitting import FitOptions
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.spectrum import matched
 from hyperjax.whitened import (
+    ROUGH,
     Field,
     Noise,
     filled_in,
@@ -59,11 +61,11 @@ def find_sources(field: Field) -> Found | None:
         return None
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
-    fits = sweep(field, noise, _as_sources(field, first)).fits
+    fits = sweep(field, noise, _as_sources(field, first), ROUGH).fits
     settled = np.zeros(len(fits.x), bool)
     for number in range(_ROUNDS):
         noise = updated_noise(field, noise, fits)
-        fits = sweep(field, noise, fits).fits
+        fits = sweep(field, noise, fits, ROUGH).fits
         keep = _is_source(field, fits, threshold if number else 0.0)
         fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
         white = white_residual(field, noise, fits)
@@ -77,9 +79,13 @@ def find_sources(field: Field) -> Found | None:
         logger.debug("round %d: %d blocks, %d sources", number, changed, len(new.x))
         if number and changed == 0 and len(new.x) == 0:
             break
+    asked = field.config.fit_options
+    options = FitOptions(
+        ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
+    )
     while True:
         noise = updated_noise(field, noise, fits)
-        swept = sweep(field, noise, filled_in(field, noise, fits))
+        swept = sweep(field, noise, filled_in(field, noise, fits), options)
         keep = _is_source(field, swept.fits, threshold)
         if keep.all():
             return Found(*swept, noise)

@@ -34,6 +34,9 @@ from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
 
+ROUGH = FitOptions(ftol=2e-4, max_steps=15)
+"""Options of fits on the way: they tell a gain in chi^2 of some units."""
+
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
@@ -461,7 +464,7 @@ def filled_in(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
         cut = valid_share(field, fits) < _WHOLE
         if not cut.any():
             break
-        fits = sweep(field, noise, fits, cut).fits
+        fits = sweep(field, noise, fits, ROUGH, cut).fits
     return fits
 
 
@@ -473,7 +476,11 @@ class Swept(NamedTuple):
 
 
 def sweep(
-    field: Field, noise: Noise, fits: SourceFits, among: NDArray[np.bool_] | None = None
+    field: Field,
+    noise: Noise,
+    fits: SourceFits,
+    options: FitOptions,
+    among: NDArray[np.bool_] | None = None,
 ) -> Swept:
     """Fit all blocks to what the other sources leave; blocks of one group in turns.
 
@@ -486,7 +493,7 @@ def sweep(
         white = white_residual(field, noise, fits)
         for which in buckets(placed, wanted & (turn == now)).values():
             data = window_data(white, field, noise, fits, placed, which)
-            fitted += _fit_bucket(field, noise, data, fits, placed, which)
+            fitted += _fit_bucket(field, noise, data, fits, placed, which, options)
     return Swept(fits.in_groups(group), fitted)
 
 
@@ -497,7 +504,7 @@ def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceF
     absent = new._replace(peak=0 * new.peak)
     for which in buckets(placed).values():
         data = window_data(white, field, noise, absent, placed, which)
-        _fit_bucket(field, noise, data, new, placed, which)
+        _fit_bucket(field, noise, data, new, placed, which, ROUGH)
     return new.in_groups(group)
 
 
@@ -508,15 +515,13 @@ def _fit_bucket(
     fits: SourceFits,
     placed: Windows,
     which: NDArray[np.int_],
+    options: FitOptions,
 ) -> list[tuple[NDArray[np.int_], NDArray[np.float64]]]:
     """Fit blocks of one bucket from where their sources are, and put the results there."""
-    options, first = field.config.fit_options, which[0]
-    numerics = FitOptions(
-        ftol=options.ftol, xtol=options.xtol, gtol=options.gtol, max_steps=options.max_nfev
-    )
+    first = which[0]
     starts, row = in_windows(fits, noise, placed, which), members_of(placed, which).row
     slots, side = int(placed.slots[first]), int(placed.side[first])
-    result = fit_windows(field, *data, starts, row, slots, side, numerics)
+    result = fit_windows(field, *data, starts, row, slots, side, options)
     return _store(field, noise, fits, result, placed, which)
 
 
