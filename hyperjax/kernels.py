@@ -64,7 +64,8 @@ def solve_shares(
 @functools.cache
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
-    fresh = jax.jit(functools.partial(_solve_each, kind))
+    options = _known_options(tuple(kind.model.compiler_options.items()))
+    fresh = jax.jit(functools.partial(_solve_each, kind), compiler_options=options)
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
     if may_change or not folder or "://" in folder:
@@ -76,7 +77,20 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
         _keep(exported, path)
     each, same = (NamedSharding(_mesh(kind.devices), spec) for spec in _specs())
     shardings = [each if argument.shape else same for argument in kind.arguments]
-    return jax.jit(exported.call, in_shardings=shardings)
+    return jax.jit(exported.call, in_shardings=shardings, compiler_options=options)
+
+
+@functools.cache
+def _known_options(options: tuple[tuple[str, bool], ...]) -> dict[str, bool]:
+    """The options, none if this processor's compiler does not know them all."""
+    if not options or jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        logger.debug("compiled without %s: %s", options, error)
+        return {}
+    return dict(options)
 
 
 def _solve_each(kind: _Kind, *leaves: Array) -> list[Array]:

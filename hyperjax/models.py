@@ -227,6 +227,11 @@ class Model(Objective):
         """Parameters of one source."""
 
     @property
+    def compiler_options(self) -> dict[str, bool]:
+        """Options of XLA that this model's programs are compiled with, on processors."""
+        return {}
+
+    @property
     def size(self) -> int:
         """All parameters of the group: those of its sources, then the polynomial's."""
         return self.slots * self.per_source + len(monomials(self.order))
