@@ -81,6 +81,11 @@ class FLAGS(IntFlag):
         f"the size exceeds the beam by less than {RESOLVED_SIGMA:g} sigma in every direction: "
         "compatible with a point source",
     )
+    POOR_FIT = (
+        524288,
+        "what the fit in correlated noise leaves is far more than noise (reduced chi^2 above 2): "
+        "no Gaussian, or more sources than it was taken for",
+    )
 
 
 class Column(NamedTuple):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from astropy.stats import sigma_clip
@@ -12,6 +12,7 @@ from scipy import fft, ndimage
 _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
 _LOCAL_ROUNDS = 3
+_BLOCKS = 10  # along the standard deviation of the bell that local noise is told under
 _LEAST_NEAR = 1e-3  # share of valid pixels round a pixel that its local noise is told from
 _SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
 _LEAST_CORRELATION = 0.03  # what is less is taken for none
@@ -20,7 +21,8 @@ _LEAST_SHARE = 0.05  # of the pixels of a map that must be free of sources
 _CHUNK = 32  # blocks whose sums are transformed at a time
 
 
-class Correlation(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Correlation:
     """Correlation of the noise of two pixels by their offset, at the centre 1.
 
     `values` is (2 L + 1, 2 L + 1); white noise has L = 0.
@@ -63,12 +65,14 @@ def clipped_rms(data: NDArray[np.float64]) -> float:
     data
         Image, NaN where blank; high-pass filtered, if the background has structure.
     """
-    kept = sigma_clip(
+    clipped = sigma_clip(
         data[np.isfinite(data)],
         sigma=_CLIP_SIGMA,
         maxiters=_CLIP_ITERATIONS,
         masked=False,
+        axis=0,  # astropy's faster way
     )
+    kept = clipped[np.isfinite(clipped)]
     return float(np.std(kept)) / clipped_share(_CLIP_SIGMA, _CLIP_ITERATIONS)
 
 
@@ -106,16 +110,36 @@ def local_rms(
     width_pix
         Standard deviation of the bell, pixels.
     """
-    rms = np.full(image.shape, clipped_rms(np.where(valid, image, np.nan)))
+    whole = clipped_rms(np.where(valid, image, np.nan))
+    rms = np.full(image.shape, whole)
+    side = max(int(width_pix / _BLOCKS), 1)
     for _ in range(_LOCAL_ROUNDS):
         kept = valid & (np.abs(image) < _CLIP_SIGMA * rms)
-        share = _under_bell(kept.astype(float), width_pix)
-        square = _under_bell(np.where(kept, image, 0.0) ** 2, width_pix)
+        share = _under_bell(_block_means(kept.astype(float), side), width_pix / side)
+        square = _block_means(np.where(kept, image, 0.0) ** 2, side)
+        square = _under_bell(square, width_pix / side)
         known = share > _LEAST_NEAR
         variance = np.divide(square, share, out=np.zeros_like(square), where=known)
         deviation = np.sqrt(np.maximum(variance, 0))  # sums of boxes may round below 0
-        rms = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), rms)
+        local = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), whole)
+        rms = _over_pixels(local, side, image.shape)
     return rms
+
+
+def _block_means(image: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Means over squares of pixels; beyond the edges there is 0."""
+    ny, nx = (-(-length // side) for length in image.shape)
+    out = np.zeros((ny * side, nx * side))
+    out[: image.shape[0], : image.shape[1]] = image
+    return np.asarray(out.reshape(ny, side, nx, side).mean(axis=(1, 3)))
+
+
+def _over_pixels(
+    blocks: NDArray[np.float64], side: int, shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Undo `_block_means` for what varies slowly: interpolated between the squares' centres."""
+    fine = ndimage.zoom(blocks, side, order=1, mode="nearest", grid_mode=True)
+    return np.asarray(fine[: shape[0], : shape[1]])
 
 
 def _under_bell(image: NDArray[np.float64], width_pix: float) -> NDArray[np.float64]:
@@ -219,20 +243,28 @@ def covariance_of_sums(
         flat = weights.reshape(*weights.shape[:2], -1)
         return flat @ flat.swapaxes(1, 2)
     reach = correlation.reach
-    size = [fft.next_fast_len(side + reach, real=True) for side in weights.shape[2:]]
-    kernel = np.zeros([max(length, 2 * reach + 1) for length in size])
-    kernel[: 2 * reach + 1, : 2 * reach + 1] = correlation.values
-    power = fft.rfft2(np.roll(kernel, (-reach, -reach), (0, 1))).real
-    halves = np.full(power.shape[1], 2.0)  # each column but these stands for its mirror image too
-    halves[0] = 1.0
-    if kernel.shape[1] % 2 == 0:
-        halves[-1] = 1.0
-    root = np.sqrt(np.maximum(power, 0) * halves / kernel.size)
+    sides = (fft.next_fast_len(side + reach, real=True) for side in weights.shape[2:])
+    shape = tuple(max(side, 2 * reach + 1) for side in sides)
+    root = _amplitudes(correlation, shape)
     out = np.empty((*weights.shape[:2], weights.shape[1]))
     for first in range(0, len(weights), _CHUNK):
         some = slice(first, first + _CHUNK)
-        waves = fft.rfft2(weights[some], kernel.shape) * root
+        waves = fft.rfft2(weights[some], shape) * root
         flat = waves.reshape(*waves.shape[:2], -1)
         parts = np.concatenate([flat.real, flat.imag], -1)
         out[some] = parts @ parts.swapaxes(1, 2)
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _amplitudes(correlation: Correlation, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Roots of the power of the noise, per pixel, on the modes of a real image of a shape."""
+    reach = correlation.reach
+    kernel = np.zeros(shape)
+    kernel[: 2 * reach + 1, : 2 * reach + 1] = correlation.values
+    power = fft.rfft2(np.roll(kernel, (-reach, -reach), (0, 1))).real
+    halves = np.full(power.shape[1], 2.0)  # each column but these stands for its mirror image too
+    halves[0] = 1.0
+    if shape[1] % 2 == 0:
+        halves[-1] = 1.0
+    return np.asarray(np.sqrt(np.maximum(power, 0) * halves / kernel.size))

@@ -26,6 +26,7 @@ from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.spectrum import matched
 from hyperjax.whitened import (
+    POOR_CHI2,
     ROUGH,
     Field,
     Noise,
@@ -107,17 +108,22 @@ def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.b
 def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
     """Whether a source (n,) is as large as it may be, and holds a brighter one.
 
-    That is what the first look at the noise makes of the surroundings of very bright sources.
+    That is what the first look at the noise makes of the surroundings of very bright sources. Or it
+    touches a brighter one that is far from a Gaussian.
     """
     out = np.zeros(len(fits.x), bool)
     large = np.flatnonzero(fits.sigma_major >= ON_BOUND * field.largest_pix)
     if large.size:
-        reach = FWHM_PER_SIGMA * field.largest_pix
-        near = KDTree(_positions(fits)).query_ball_point(_positions(fits.take(large)), reach)
-        out[large] = [
-            fits.peak[found].max() > fits.peak[index]
-            for index, found in zip(large, near, strict=True)
-        ]
+        size = FWHM_PER_SIGMA * fits.sigma_major
+        poor = np.where(fits.chi2_red > POOR_CHI2, size, 0.0)
+        places = KDTree(_positions(fits))
+        for index in large:
+            near = np.array(
+                places.query_ball_point(_positions(fits)[index], size[index] + max(poor))
+            )
+            away = np.hypot(fits.x[near] - fits.x[index], fits.y[near] - fits.y[index])
+            near = near[away <= size[index] + poor[near]]
+            out[index] = fits.peak[near].max() > fits.peak[index]
     return out
 
 

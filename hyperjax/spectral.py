@@ -138,24 +138,38 @@ class SpectralGroup(GaussianGroup):
 
     def _kappa(self) -> tuple[np.ndarray, np.ndarray]:
         """Scaled wave numbers (mode,) along x and along y."""
+        kx, ky = self._axes()
+        return np.tile(kx, len(ky)), np.repeat(ky, len(kx))
+
+    def _axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scaled wave numbers of the columns and of the rows of modes."""
         kx, ky = modes(self.grid.shape[0])
         scale = 2 * np.pi * self.grid.half
-        return scale * np.tile(kx, len(ky)), scale * np.repeat(ky, len(kx))
+        return scale * kx, scale * ky
 
     def _waves(
         self, sources: Float[Array, "slot 6"]
     ) -> tuple[Float[Array, "slot mode"], Float[Array, "slot mode"]]:
         """Real and imaginary parts of the transforms of the sources at unit peak."""
         kx, ky = (jnp.asarray(k, sources.dtype) for k in self._kappa())
+        columns, rows = (jnp.asarray(k, sources.dtype) for k in self._axes())
 
-        def wave(source: Float[Array, " 6"]) -> tuple[Float[Array, " mode"], Float[Array, " mode"]]:
+        def size(source: Float[Array, " 6"]) -> Float[Array, " mode"]:
             xx, xy, yy = precision(-source[3:])  # of the inverse shape: the covariance
             volume = 2 * np.pi * self.grid.half**2 * jnp.exp(2 * source[3])
-            size = volume * jnp.exp(-0.5 * (xx * kx**2 + 2 * xy * kx * ky + yy * ky**2))
-            return size, source[1] * kx + source[2] * ky
+            return volume * jnp.exp(-0.5 * (xx * kx**2 + 2 * xy * kx * ky + yy * ky**2))
 
-        size, turn = lax.optimization_barrier(jax.vmap(wave)(sources))  # or exp is done twice
-        return size * jnp.cos(turn), -size * jnp.sin(turn)
+        along, across = sources[:, 1, None] * columns, sources[:, 2, None] * rows
+        sizes, cos_x, sin_x, cos_y, sin_y = lax.optimization_barrier(  # or they are done twice
+            (
+                jax.vmap(size)(sources),
+                *(part(along)[:, None, :] for part in (jnp.cos, jnp.sin)),
+                *(part(across)[:, :, None] for part in (jnp.cos, jnp.sin)),
+            )
+        )
+        real = (cos_y * cos_x - sin_y * sin_x).reshape(sizes.shape)
+        imaginary = (sin_y * cos_x + cos_y * sin_x).reshape(sizes.shape)
+        return sizes * real, -sizes * imaginary
 
     def _monomials(
         self, dtype: jnp.dtype

@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
-from scipy.signal import windows as tapers
 
 _SEGMENTS = 128, 64, 32  # sides of the squares that the spectrum is averaged over: the largest fits
 _LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
 _FLOOR = 1e-4  # of the peak of the power
+_OUTLYING = 1.5  # power of a segment, of the median's, from which it holds more than noise
+_SCATTER = 8.0  # what is added to that where there are few modes, over the root of their number
+_MOST_SEGMENTS = 1000  # that are transformed: more would tell nothing new
 _FILLED = 0.5  # least valid share of a segment, tapered
 _MOST_FITTED = 0.8  # share of the power of a mode that the fits may have taken with them
 _AVERAGED = 200.0  # measurements that the power of each mode should be the mean of
@@ -80,7 +82,8 @@ def measure_spectrum(
 
     The image is whitened with the `last` estimate first, so that little power leaks from mode to
     mode, cut into squares that overlap by half, tapered (Hann) and transformed. The mean power of
-    the squares is averaged over neighbouring modes, until enough have been averaged.
+    the squares is averaged over neighbouring modes, until enough have been averaged. Squares of
+    far more power than most hold something else than noise, and do not count.
 
     Parameters
     ----------
@@ -101,23 +104,25 @@ def measure_spectrum(
     if side == 0:
         return None
     white = whiten(image, last)
-    hann = tapers.hann(side, sym=False)
+    hann = np.hanning(side + 1)[:-1]
     hann = hann[:, None] * hann
     full = np.sum(hann**2)
-    power, total = np.zeros((side, side // 2 + 1)), 0.0
-    for y in _starts(image.shape[0], side):
-        for x in _starts(image.shape[1], side):
-            part = slice(y, y + side), slice(x, x + side)
-            taper = np.where(valid[part], hann, 0.0)
-            share = np.sum(taper**2)
-            if share < _FILLED * full:
-                continue
-            centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
-            power += np.abs(fft.rfft2(taper * centred)) ** 2
-            total += share
-    if total == 0:
+    powers, shares = [], []
+    corners = [(y, x) for y in _starts(image.shape[0], side) for x in _starts(image.shape[1], side)]
+    for y, x in corners[:: -(-len(corners) // _MOST_SEGMENTS)]:
+        part = slice(y, y + side), slice(x, x + side)
+        taper = np.where(valid[part], hann, 0.0)
+        share = np.sum(taper**2)
+        if share < _FILLED * full:
+            continue
+        centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
+        powers.append(np.abs(fft.rfft2(taper * centred)) ** 2)
+        shares.append(share)
+    if not powers:
         return None
-    ratio = _both_halves(power / total)
+    power = _mean_of_noise(np.array(powers), np.array(shares))
+    total = np.sum(shares)
+    ratio = _both_halves(power)
     ratio[0, 0] = np.mean([ratio[0, 1], ratio[1, 0], ratio[0, -1], ratio[-1, 0]])
     if fitted is not None:
         ratio /= 1 - np.minimum(fitted, _MOST_FITTED)
@@ -127,6 +132,24 @@ def measure_spectrum(
     k = fft.fftfreq(side)
     measured = ratio / last.whitening(k, k) ** 2
     return Spectrum(np.maximum(measured, _FLOOR * measured.max()), last.box)
+
+
+def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean power per pixel of segments (n, side, side/2 + 1) of `shares` (n,) pixels.
+
+    Octave by octave of the wave number, without those segments that hold far more than most: some
+    of that is no noise.
+    """
+    side = powers.shape[1]
+    k = side * np.hypot(fft.fftfreq(side)[:, None], fft.rfftfreq(side))
+    octave = np.floor(np.log2(np.maximum(k, 1))).astype(int)
+    modes = np.bincount(octave.ravel())
+    strength = np.array([np.bincount(octave.ravel(), power.ravel()) for power in powers])
+    strength /= shares[:, None]
+    most = (_OUTLYING + _SCATTER / np.sqrt(modes)) * np.median(strength, axis=0)
+    noise = strength <= most
+    total = np.sum(noise[:, octave] * powers, axis=0)
+    return np.asarray(total / (shares @ noise)[octave])
 
 
 def _starts(length: int, side: int) -> NDArray[np.int_]:

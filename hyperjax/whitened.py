@@ -5,6 +5,7 @@ Every block of sources is fitted to the Fourier modes of a window of that, to wh
 the model is added: all at once, each against what all the others are at present.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,6 +40,9 @@ ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
+
+POOR_CHI2 = 2.0
+"""Reduced chi^2 from which what a fit leaves is no noise."""
 
 _LINK_FWHM = 1.5  # sources that are closer are fitted jointly
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
@@ -341,6 +345,7 @@ def _per_mode(side: int) -> float:
     return float(np.sqrt(2) / side)
 
 
+@functools.lru_cache(maxsize=32)
 def mode_weights(side: int, spectrum: Spectrum, sigma_pix: float) -> NDArray[np.float64]:
     """Weights (mode,) of the transform of a source (`SpectralGroup`), 0 for modes without use.
 
@@ -555,6 +560,7 @@ def _store(
     fits.status[source] = np.where(result.status[row] == CONVERGED, 1, 0)
     fits.flags[source] = FLAGS.on_bound(result.on_bound[row, slot])
     fits.flags[source] |= FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
+    fits.flags[source] |= FLAGS.POOR_FIT * (result.chi2_red[row] > POOR_CHI2)
     members = [placed.members[block] for block in which]
     return [
         (block, matrix[: 6 * len(block), : 6 * len(block)])

@@ -10,8 +10,10 @@ from astropy.io import fits
 from astropy.stats import mad_std
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from scipy.spatial import KDTree
 
+from hyperjax.catalog import FLAGS
 from hyperjax.config_io import config_from_dict
 from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
@@ -124,6 +126,42 @@ def test_one_round_source_stays_one(tmp_path: Path) -> None:
     map, truth = made(tmp_path, positions=places, fluxes=fluxes, shapes=shapes, **options)
     found = extract(map)
     assert len(found.catalog) == len(truth)
+
+
+def lump(kind: str, radius: NDArray, fwhm: float) -> NDArray:
+    """A round source that is no Gaussian, of unit peak, in a beam of `fwhm` pixels."""
+    sigma = fwhm / np.sqrt(8 * np.log(2))
+    if kind == "disc":  # of three beams
+        seen = gaussian_filter((radius < 1.5 * fwhm).astype(float), sigma)
+        return np.asarray(seen / seen.max())
+    if kind == "plateau":  # saturated at half of its peak
+        return np.minimum(2 * np.exp(-(radius**2) / (2 * (1.5 * sigma) ** 2)), 1.0)
+    return np.asarray((1 + (radius / fwhm) ** 2 / 0.55) ** -2.5)  # Moffat, beta = 2.5
+
+
+@pytest.mark.parametrize("snr", [100, 300])
+@pytest.mark.parametrize("kind", ["disc", "plateau", "Moffat"])
+def test_a_bright_source_that_is_no_gaussian_is_not_cut_to_pieces(
+    kind: str, snr: float, tmp_path: Path
+) -> None:
+    """It is a source or two, with a flag unless they fit (core and halo); no other is lost."""
+    options = {"noise": "white", "beam_fwhm_pix": 5.0, "n_sources": 12, "snr_range": (20, 40)}
+    path, shape = tmp_path / "map.fits", (400, 400)
+    _, truth = made(tmp_path, shape=shape, **options)
+    y, x = np.indices(shape)
+    place = np.array([200.0, 190.0])
+    assert (np.hypot(*(positions(truth) - place).T) > 40).all()
+    with fits.open(path, mode="update") as hdus:
+        data = hdus[0].data
+        data += snr * mad_std(data) * lump(kind, np.hypot(x - place[0], y - place[1]), 5.0)
+    found = extract(read_map(path))
+    near = np.hypot(*(positions(found.catalog) - place).T) < 40
+    own = found.catalog[near]
+    assert 1 <= len(own) <= 2
+    if kind != "Moffat":
+        assert (own["FLAGS"] & FLAGS.POOR_FIT).all()
+    assert not (found.catalog[~near]["FLAGS"] & FLAGS.POOR_FIT).any()
+    assert np.sum(~near) == len(truth)
 
 
 @pytest.mark.parametrize("blank", ["nan", "zero"])

@@ -136,3 +136,22 @@ def test_the_local_noise() -> None:
     inside = found[40:-40, 60:-60]
     assert_allclose(inside, np.broadcast_to(ramp[60:-60], inside.shape), rtol=0.12)
     assert np.median(inside / ramp[60:-60]) == pytest.approx(1, abs=0.02)
+
+
+def test_what_is_no_noise_in_a_part_of_the_map_does_not_count() -> None:
+    image = coloured(5, (400, 400))
+    lump = np.zeros_like(image)
+    lump[90:110, 290:310] = 30.0
+    found, clean = spectrum_of(image + gaussian_filter(lump, 3)), spectrum_of(image)
+    assert_allclose(found.power, clean.power, rtol=0.4)
+    assert np.median(found.power / clean.power) == pytest.approx(1, abs=0.02)
+
+
+def test_more_segments_than_are_counted_give_the_same_spectrum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = coloured(6, (600, 600))
+    clean = spectrum_of(image)
+    monkeypatch.setattr("hyperjax.spectrum._MOST_SEGMENTS", 40)
+    few = spectrum_of(image)
+    assert np.median(few.power / clean.power) == pytest.approx(1, abs=0.02)
