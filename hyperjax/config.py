@@ -633,6 +633,23 @@ class Noise(_Section):
         "weights, the errors and the threshold; otherwise it says how the noise varies over the "
         "map, and one factor comes from the map itself. null measures the noise.",
     )
+    rms_hdu: Hdu = Field(
+        default=None,
+        description="Number (0 is the first) or name of the HDU of rms_map; where rms_map is null, "
+        "of the file of each map. null is the first image of rms_map.",
+    )
+    rms_kind: Literal["rms", "variance", "weight"] = Field(
+        default="rms",
+        description="What the image of the noise holds. rms: its standard deviation. variance: "
+        "the square of that, in the square of the map's unit. weight: what the inverse variance "
+        "is proportional to, such as the coverage or the time of integration, in any unit; pixels "
+        "of weight 0 are not used, and one factor comes from the map itself.",
+    )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is an image of the noise."""
+        return self.rms_map is not None or self.rms_hdu is not None
 
 
 class FitsOutput(_Section):
@@ -754,9 +771,10 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _one_noise(self) -> "Config":
-        if self.noise.rms_map is not None and self.detection.use_manual_rms:
+        if self.noise.is_given and self.detection.use_manual_rms:
+            key = "rms_map" if self.noise.rms_map is not None else "rms_hdu"
             raise ValueError(
-                f"noise.rms_map = {shown(self.noise.rms_map)}: does not go with "
+                f"noise.{key} = {shown(getattr(self.noise, key))}: does not go with "
                 "detection.use_manual_rms = True; give one of them"
             )
         return self

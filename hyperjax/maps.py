@@ -579,7 +579,8 @@ class Map:
         Celestial frame of the coordinates: ``icrs``, ``fk5``, ``fk4``, ``fk4noeterms`` or
         ``galactic``.
     rms : ndarray or None
-        The noise in Jy/beam, (ny, nx), where it is given (`noise.rms_map`).
+        The noise in Jy/beam, (ny, nx), where it is given (`noise.rms_map`); of a map of weights,
+        in units of its median.
     """
 
     name: str
@@ -753,16 +754,28 @@ def blank_zeros(data: FloatArray) -> NDArray[np.bool_]:
     return np.asarray(blank[labels])
 
 
-def read_noise(path: str | os.PathLike[str], like: Map) -> FloatArray:
-    """Read an image of the noise of a map, in Jy/beam; NaN where it is blank.
+def read_noise(
+    path: str | os.PathLike[str], like: Map, hdu: int | str | None = None, kind: str = "rms"
+) -> FloatArray:
+    """Read an image of the noise of a map: its standard deviation, NaN where it is blank.
 
     Parameters
     ----------
     path : path-like
-        A FITS file; its first image, in any unit that `like` could have, or without one in that of
-        `like`.
+        A FITS file.
     like : Map
         The map.
+    hdu : int or str, optional
+        Number (0 is the primary) or name of the HDU; the first with an image if not given.
+    kind : str
+        What the image holds: "rms", in any unit that `like` could have, or without one in that of
+        `like`; "variance", in the square of the unit of `like`; or "weight", which the inverse
+        variance is proportional to, where 0 is blank.
+
+    Returns
+    -------
+    ndarray
+        (ny, nx), in Jy/beam; for a weight in units of its median.
 
     Raises
     ------
@@ -774,30 +787,38 @@ def read_noise(path: str | os.PathLike[str], like: Map) -> FloatArray:
     """
     path = Path(path)
     with _mended_headers_unsaid():
-        header, wcs, data = _read_image(path, None, constant=True)
+        header, wcs, data = _read_image(path, hdu, constant=True)
         celestial, _ = _celestial(wcs, data.shape, path)
         _refuse_other_grid(path, celestial, data.shape, like)
+        if kind == "weight":
+            data[data == 0] = np.nan
+        wrong = np.isfinite(like.data) & (data <= 0)
+        if wrong.any():
+            of_zero = "negative" if kind == "weight" else "zero or negative"
+            raise RmsMapError(
+                f"{path}: the {kind} map of the noise is {of_zero} in {wrong.sum()} pixels where "
+                "the map has data; give positive values, or NaN where the map is not to be used"
+            )
+        if kind == "weight":
+            seen = np.isfinite(like.data) & np.isfinite(data)
+            if not seen.any():
+                raise RmsMapError(f"{path}: the weight map is zero or blank all over the map")
+            return np.asarray(np.sqrt(np.median(data[seen]) / np.where(data > 0, data, np.nan)))
+        if kind == "variance":
+            return np.asarray(np.sqrt(np.where(data > 0, data, np.nan)) / like.native_per_jy_beam)
         given = None if header.get("BUNIT") else like.unit.to_string()
         unit = _unit(header, path, given)
         if unit == like.unit:
-            data /= like.native_per_jy_beam
-        else:
-            frequency = _frequency(header, wcs, path, None) if unit.is_equivalent(u.K) else None
-            data /= _native_per_jy_beam(unit, like.beam, like.wcs, data.shape, frequency)
-    wrong = np.isfinite(like.data) & (data <= 0)
-    if wrong.any():
-        raise RmsMapError(
-            f"{path}: the noise (noise.rms_map) is zero or negative in {wrong.sum()} pixels where "
-            "the map has data; give a positive noise, or NaN where the map is not to be used"
-        )
-    return data
+            return data / like.native_per_jy_beam
+        frequency = _frequency(header, wcs, path, None) if unit.is_equivalent(u.K) else None
+        return data / _native_per_jy_beam(unit, like.beam, like.wcs, data.shape, frequency)
 
 
 def _refuse_other_grid(path: Path, wcs: WCS, shape: tuple[int, ...], like: Map) -> None:
     """Refuse an image whose pixels are not those of a map."""
     if shape != like.shape:
         raise RmsMapError(
-            f"{path}: the map of the noise (noise.rms_map) has {shape[1]} x {shape[0]} pixels, "
+            f"{path}: the map of the noise has {shape[1]} x {shape[0]} pixels, "
             f"{like.path or like.name} {like.shape[1]} x {like.shape[0]}; give one on the same grid"
         )
     ny, nx = shape
@@ -806,7 +827,7 @@ def _refuse_other_grid(path: Path, wcs: WCS, shape: tuple[int, ...], like: Map) 
     off = here.separation(there).arcsec / like.pixel_scale_arcsec
     if np.any(off > _SAME_GRID_PIX):
         raise RmsMapError(
-            f"{path}: the map of the noise (noise.rms_map) lies {np.nanmax(off):.3g} pixels off "
+            f"{path}: the map of the noise lies {np.nanmax(off):.3g} pixels off "
             f"{like.path or like.name} on the sky; give one on the same grid"
         )
 

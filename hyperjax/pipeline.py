@@ -365,8 +365,8 @@ def _modelled(
         first = model_sources(map.data, noise, found, fwhm, config, shapes=shapes).fits
     with timed(seconds, "companions", map.name):
         rest = high_pass(map.data - render_sources(map.shape, first), _filter_size(map, config))
-        if not config.detection.use_manual_rms and map.rms is None:
-            rms = clipped_rms(rest) or scatter
+        if not _noise_is_known(map, config):
+            rms = clipped_rms(rest / _variation(map)) or scatter
         if not config.detection.fixed_peaks:
             fitted = found._replace(x=first.x, y=first.y)
             new = companions(fitted, _detect(map, rest, scatter, config), _separation(map, config))
@@ -381,7 +381,7 @@ def _correlation(map: Map, residual: NDArray[np.float64], fits: SourceFits) -> C
     """How the noise of neighbouring pixels is correlated, measured away from all sources."""
     fwhm = map.beam_fwhm_pix
     covered = near_sources(map.shape, fits.x, fits.y, _SOURCE_FWHM * fwhm)
-    noise = np.where(covered, np.nan, residual if map.rms is None else residual / map.rms)
+    noise = np.where(covered, np.nan, residual / _variation(map))
     return measure_correlation(noise, math.ceil(_REACH_FWHM * fwhm))
 
 
@@ -391,17 +391,27 @@ def _filter_size(map: Map, config: Config) -> int:
     return filter_size(map.beam_fwhm_pix, wanted, map.shape, source)
 
 
+def _noise_is_known(map: Map, config: Config) -> bool:
+    """Whether the strength of the noise is given, and not measured."""
+    by_map = map.rms is not None and config.noise.rms_kind != "weight"
+    return by_map or config.detection.use_manual_rms
+
+
+def _variation(map: Map) -> NDArray[np.float64]:
+    """The noise of every pixel in units of the typical noise: 1 where it was not given."""
+    if map.rms is None:
+        return np.ones(map.shape)
+    return map.rms / float(np.nanmedian(map.rms))
+
+
 def _noise_map(map: Map, rms: float) -> NDArray[np.float64]:
-    """The noise of every pixel; NaN where the map is blank."""
-    return np.where(np.isfinite(map.data), rms if map.rms is None else map.rms, np.nan)
+    """The noise of every pixel, typically `rms`; NaN where the map is blank."""
+    return np.where(np.isfinite(map.data), rms * _variation(map), np.nan)
 
 
 def _relative_noise(map: Map, found: Detections) -> NDArray[np.float64]:
-    """Noise at each source (n,) over the typical noise: 1, unless it was given."""
-    if map.rms is None:
-        return np.ones(len(found.x))
-    there = nearest_values(map.rms, np.nan_to_num(found.x), np.nan_to_num(found.y))
-    return there / float(np.nanmedian(map.rms))
+    """Noise at each source (n,) in units of the typical noise."""
+    return nearest_values(_variation(map), np.nan_to_num(found.x), np.nan_to_num(found.y))
 
 
 def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Config) -> Detections:
@@ -409,10 +419,8 @@ def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Con
 
     Where the noise was given, of the scatter times the local noise over the typical one.
     """
-    if map.rms is not None:
-        filtered = filtered * (np.nanmedian(map.rms) / map.rms)
     found = detect(
-        filtered,
+        filtered / _variation(map),
         scatter,
         map.beam_fwhm_pix,
         config.detection,
@@ -426,7 +434,7 @@ def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Con
 
 def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
     """The noise of a filtered map, Jy/beam."""
-    if map.rms is not None:
+    if map.rms is not None and _noise_is_known(map, config):
         return float(np.nanmedian(map.rms))
     least = _ROUNDING * np.nanmax(np.abs(map.data))
     if config.detection.use_manual_rms:
@@ -438,7 +446,7 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
                 "the map in Jy/beam"
             )
         return rms
-    rms = clipped_rms(filtered)
+    rms = clipped_rms(filtered / _variation(map))
     if not rms > least:
         raise BlankMapError(
             f"{map.path or map.name}: more than half of the map has one and the same value, so its "

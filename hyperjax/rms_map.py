@@ -1,10 +1,12 @@
-"""The noise of a map as a configuration gives it (`noise.rms_map`)."""
+"""The noise of a map as a configuration gives it (`noise.rms_map`, `rms_hdu`, `rms_kind`)."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from hyperjax.config import Config
+from hyperjax.errors import ConfigError
 from hyperjax.maps import Map, read_noise
 
 
@@ -16,14 +18,29 @@ def with_rms_map(map: Map, config: Config) -> Map:
     map
         A map.
     config
-        Where `noise.rms_map` is null, or the map has its noise already, it is returned as it is.
+        Where it names no image of the noise, or the map has its noise already, the map is returned
+        as it is.
 
     Raises
     ------
     MissingFileError, MapError
         As `hyperjax.maps.read_noise`.
+    ConfigError
+        If the image is to be in the map's own file, and the map has none.
     """
-    if config.noise.rms_map is None or map.rms is not None:
+    given = config.noise
+    if not given.is_given or map.rms is not None:
         return map
-    rms = read_noise(config.resolve(config.noise.rms_map), map)
+    rms = read_noise(_file_of_noise(map, config), map, given.rms_hdu, given.rms_kind)
     return replace(map, data=np.where(np.isfinite(rms), map.data, np.nan), rms=rms)
+
+
+def _file_of_noise(map: Map, config: Config) -> Path:
+    if config.noise.rms_map is not None:
+        return config.resolve(config.noise.rms_map)
+    if map.path is None:
+        raise ConfigError(
+            f"noise.rms_hdu = {config.noise.rms_hdu}: map {map.name} comes from no file; give the "
+            "file of the noise as noise.rms_map"
+        )
+    return map.path

@@ -164,6 +164,48 @@ def test_units_are_converted(
     assert_allclose(read_noise(path, image), NOISE, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "power"), [("variance", 2.0), ("weight", -2.0)])
+def test_variances_and_weights_are_noise(kind: str, power: float, sky: Sky) -> None:
+    """In another unit: weights have none, and variances that of the map, squared."""
+    image = replace(sky.image, native_per_jy_beam=1e3)
+    path = write(sky.folder / f"{kind}.fits", (1e3 * NOISE) ** power, sky.simulated.header)
+    found = read_noise(path, image, kind=kind)
+    factor = 1.0 if kind == "variance" else np.median(NOISE) / np.median(found)
+    assert_allclose(factor * found, NOISE, rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["auto", "white"])
+def test_a_coverage_says_where_the_noise_is_strong(sky: Sky, model: str) -> None:
+    """As good as the noise itself; what was never looked at is blank."""
+    seen = NOISE**-2 * 17.0
+    seen[:, :30] = 0
+    path = write(sky.folder / "coverage.fits", seen, sky.simulated.header)
+    noise = {"rms_map": str(path), "rms_kind": "weight", "model": model}
+    result = extract(sky.image, config_from_dict({"noise": noise}))
+    rows, _, pull = in_order(result)
+    assert (rows["X_PIX"].value > 30).all()
+    assert len(rows) >= 70
+    assert np.std(pull[np.abs(pull) < 5]) == pytest.approx(1, abs=0.25)
+    rms = result.rms[:, 40:]
+    assert_allclose(rms / NOISE[:, 40:], 1, atol=0.05 if model == "white" else 0.15)
+    assert np.isnan(result.rms[:, :30]).all()
+
+
+def test_the_noise_in_an_extension_of_the_map(sky: Sky) -> None:
+    hdus = [
+        fits.PrimaryHDU(sky.image.data, sky.simulated.header),
+        fits.ImageHDU(NOISE, sky.simulated.header, name="ERROR"),
+    ]
+    path = sky.folder / "both.fits"
+    fits.HDUList(hdus).writeto(path, overwrite=True)
+    config = config_from_dict({"noise": {"rms_hdu": "ERROR", "model": "white"}})
+    assert_allclose(extract(read_map(path), config).rms, NOISE)
+    with pytest.raises(HyperjaxError, match="NOTHERE"):
+        extract(read_map(path), config_from_dict({"noise": {"rms_hdu": "NOTHERE"}}))
+    with pytest.raises(ConfigError, match="comes from no file"):
+        extract(replace(sky.image, path=None), config)
+
+
 def test_one_value_everywhere_is_a_noise(sky: Sky) -> None:
     path = write(sky.folder / "flat.fits", np.full(SHAPE, 2e-3), sky.simulated.header)
     assert_allclose(read_noise(path, sky.image), 2e-3)
@@ -222,9 +264,10 @@ def test_the_path_is_relative_to_the_configuration(sky: Sky) -> None:
 
 
 def test_two_noises_contradict_each_other() -> None:
-    both = {"noise": {"rms_map": "a.fits"}, "detection": {"use_manual_rms": True}}
-    with pytest.raises(ConfigError, match="does not go with"):
-        config_from_dict(both)
+    for noise in ({"rms_map": "a.fits"}, {"rms_hdu": 1}):
+        both = {"noise": noise, "detection": {"use_manual_rms": True}}
+        with pytest.raises(ConfigError, match="does not go with"):
+            config_from_dict(both)
 
 
 def test_given_positions_have_the_given_noise(sky: Sky) -> None:
