@@ -3,7 +3,8 @@
 `fit_groups` takes a `GroupBatch` (cutouts of the same size, each with the same number of source
 slots) in pixel units and returns a `FitResult` in the same units. Inside, every problem is brought
 to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/sr takes the
-same steps), solved in persistent lanes on every device, and brought back with its covariance.
+same steps), solved in persistent lanes, of large batches on every device, and brought back with its
+covariance.
 """
 
 from collections.abc import Callable
@@ -48,6 +49,7 @@ _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients a
 _BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
+_SHARED = 1000  # problems of a batch from which all devices share it: fewer are not worth it
 _LANES = 32  # of a core, at most
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -211,10 +213,11 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
 
 def _fitted(model: GaussianGroup, batch: GroupBatch, options: FitOptions) -> FitResult:
     """The fits of the groups, piece by piece."""
+    devices = devices_for(len(batch.data))
 
     def begin(piece: GroupBatch) -> Finish:
         problems = to_problems(np, model, piece, options)
-        solved = solve_block(model, problems, options)
+        solved = solve_block(model, problems, options, devices)
         return lambda: _to_results(model, piece, problems.free, *solved())
 
     return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
@@ -237,15 +240,20 @@ def in_pieces(begin: Callable[[GroupBatch], Finish], batch: GroupBatch, size: in
     return FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
 
 
+def devices_for(problems: int) -> int:
+    """Number of devices that share a batch of this many problems."""
+    return len(jax.local_devices()) if problems >= _SHARED else 1
+
+
 def solve_block(
-    model: Model, problems: Problem, options: FitOptions
+    model: Model, problems: Problem, options: FitOptions, devices: int
 ) -> Callable[[], tuple[Solution, Scale]]:
-    """Start to solve at most the largest of the `block_sizes` problems, on all devices.
+    """Start to solve at most the largest of the `block_sizes` problems, on some devices.
 
     Returns what waits for the solutions.
     """
     dtype = problems.data.dtype
-    count, devices = len(problems.data), len(jax.local_devices())
+    count = len(problems.data)
     size = next(size for size in block_sizes(model, dtype) if size >= count)
     counts = np.bincount(np.arange(count) % devices, minlength=devices)
     dealt = _dealt(problems, devices, -(-size // devices))

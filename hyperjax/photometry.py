@@ -15,8 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from photutils.aperture import EllipticalAperture
+from photutils.geometry import elliptical_overlap_grid
 
+from hyperjax.groups import overlap
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.noise import Correlation, covariance_of_sums
 from hyperjax.sources import gaussian_gradient
@@ -203,31 +204,39 @@ def _sum_aperture(
     correlation: Correlation,
 ) -> _Sums:
     """Sum residual, noise variance and the gradient of a source over the aperture `drawn`."""
-    mask = EllipticalAperture(
-        (drawn.x, drawn.y),
-        a=ratio * FWHM_PER_SIGMA * drawn.sigma_major,
-        b=ratio * FWHM_PER_SIGMA * drawn.sigma_minor,
-        theta=drawn.theta,
-    ).to_mask(method="exact")
-    usable = np.zeros(mask.shape, dtype=bool)
-    on_map, on_mask = mask.get_overlap_slices(residual.shape)
-    if on_map is not None:
-        usable[on_mask] = np.isfinite(residual[on_map]) & np.isfinite(noise[on_map])
-    rows, columns = np.nonzero(usable & (mask.data > 0))
+    x0, y0, overlaps = _overlaps(drawn, ratio)
+    here, there = overlap(x0, y0, len(overlaps), residual.shape)
+    inside = overlaps[here]
+    values, deviation = residual[there], noise[there]
+    usable = np.isfinite(values) & np.isfinite(deviation) & (inside > 0)
+    rows, columns = np.nonzero(usable)
     if rows.size == 0:
         return _Sums()
-    overlap = mask.data[rows, columns]
-    weighted = np.zeros(mask.shape)
-    weighted[on_mask] = np.where(usable, mask.data, 0)[on_mask] * np.nan_to_num(noise[on_map])
-    rows, columns = rows + mask.bbox.iymin, columns + mask.bbox.ixmin
-    dx, dy = np.asarray(columns - ellipse.x, float), np.asarray(rows - ellipse.y, float)
+    weight = inside[usable]
+    dx, dy = (columns + there[1].start - ellipse.x), (rows + there[0].start - ellipse.y)
+    weighted, blank = np.zeros(overlaps.shape), overlaps.copy()
+    weighted[here][usable] = weight * deviation[usable]
+    blank[here][usable] = 0
     return _Sums(
-        residual=overlap @ residual[rows, columns],
-        gradient=gaussian_gradient(dx, dy, peak, *ellipse[2:]) @ overlap,
+        residual=float(weight @ values[usable]),
+        gradient=gaussian_gradient(dx, dy, peak, *ellipse[2:]) @ weight,
         noise_variance=float(covariance_of_sums(weighted[None, None], correlation)[0, 0, 0]),
-        area=overlap.sum(),
-        blank_fraction=mask.data[~usable].sum() / mask.data.sum(),
+        area=weight.sum(),
+        blank_fraction=blank.sum() / overlaps.sum(),
     )
+
+
+def _overlaps(drawn: _Ellipse, ratio: float) -> tuple[int, int, NDArray[np.float64]]:
+    """First pixels (x, y) of a square round the aperture, and the share of its pixels in it."""
+    major, minor = (
+        ratio * FWHM_PER_SIGMA * sigma for sigma in (drawn.sigma_major, drawn.sigma_minor)
+    )
+    reach = int(np.ceil(major)) + 1
+    x0, y0, side = round(drawn.x) - reach, round(drawn.y) - reach, 2 * reach + 1
+    left, low = x0 - 0.5 - drawn.x, y0 - 0.5 - drawn.y
+    edges = (left, left + side, low, low + side)
+    shares = elliptical_overlap_grid(*edges, side, side, major, minor, drawn.theta, 1, 1)
+    return x0, y0, np.asarray(shares)
 
 
 def _stack(sums: list[_Sums]) -> tuple[NDArray[np.float64], ...]:

@@ -18,6 +18,7 @@ from hyperjax.fitting import (
     FitResult,
     GroupBatch,
     block_sizes,
+    devices_for,
     in_pieces,
     inverse_over_free,
     solve_block,
@@ -89,10 +90,11 @@ def fit_profiles(
     grid = Grid((ny, nx))
     order = max(int(batch.order.max()), -1)
     model = ProfileGroup(grid, _Switched(profile, grid), size + 1, slots, order, options.loss)
+    devices = devices_for(len(batch.data))
 
     def begin(piece: GroupBatch) -> Finish:
         problems, offset = _to_problems(model, piece, options)
-        solved = solve_block(model, problems, options)
+        solved = solve_block(model, problems, options, devices)
         return lambda: _to_result(model, piece, problems, offset, solved()[0])
 
     return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
