@@ -109,10 +109,15 @@ def measured(
 
 
 def pybdsf(path: Path, sigma: float) -> Columns:
-    """Fit Gaussians to islands; the list of Gaussians, which keeps the members of blends apart."""
+    """Fit Gaussians to islands; the list of Gaussians, which keeps the members of blends apart.
+
+    The mean is a map, too, since the background is not the same everywhere.
+    """
     import bdsf
 
-    image = bdsf.process_image(str(path), thresh_pix=sigma, frequency=FREQUENCY_HZ, quiet=True)
+    image = bdsf.process_image(
+        str(path), thresh_pix=sigma, mean_map="map", frequency=FREQUENCY_HZ, quiet=True
+    )
     listed = path.with_name("gaussians.fits")
     image.write_catalog(outfile=str(listed), format="fits", catalog_type="gaul", clobber=True)
     table = Table.read(listed)
@@ -203,13 +208,13 @@ def photutils_segments(path: Path, sigma: float) -> Columns:
 
 
 def photutils_gaussians(path: Path, sigma: float) -> Columns:
-    """Peaks of DAOFIND, grouped and fitted as PSFs, and searched for again in the residual.
+    """Peaks of DAOFIND, grouped and fitted as PSFs.
 
     The PSF is a Gaussian whose widths and angle are fitted, too, starting at the beam; peaks are
     kept whatever their shape and distance, since sources may be extended and blended.
     """
     from photutils.detection import DAOStarFinder
-    from photutils.psf import GaussianPRF, IterativePSFPhotometry, SourceGrouper
+    from photutils.psf import GaussianPRF, PSFPhotometry, SourceGrouper
 
     image = read(path)
     data, noise = flattened(image)
@@ -228,9 +233,7 @@ def photutils_gaussians(path: Path, sigma: float) -> Columns:
     )
     side = 2 * int(np.ceil(width)) + 1
     grouper = SourceGrouper(min_separation=2 * width)
-    fit = IterativePSFPhotometry(
-        model, (side, side), finder, grouper=grouper, aperture_radius=width
-    )
+    fit = PSFPhotometry(model, (side, side), finder=finder, grouper=grouper, aperture_radius=width)
     table = fit(data, error=noise)
     position, flux = (table["x_fit"], table["y_fit"]), (table["flux_fit"], table["flux_err"])
     return measured(image, position, flux, (table["x_fwhm_fit"], table["y_fwhm_fit"]))
