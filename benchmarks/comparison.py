@@ -16,6 +16,7 @@ The truth is a table of `hyperjax simulate`, or that of hyper_py's published ben
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -202,16 +203,22 @@ def hyperjax(bench: Bench, catalogues: Path) -> tuple[float, float]:
 
 
 def hyper_py(bench: Bench, python: str, catalogues: Path) -> tuple[float, float]:
-    """Run hyper_py; its FLUX is divided by the part of a Gaussian that its aperture holds."""
+    """Run hyper_py; its FLUX is divided by the part of a Gaussian that its aperture holds.
+
+    Positions are those of its region file: its tables round them to 5 decimals of a degree.
+    """
     run = run_hyper_py(bench, python, "hyper_py")
     folder = bench.scratch / "hyper_py"
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     held = 1 - 2 ** (-4 * config["photometry"]["fwhm_radius_ratio"] ** 2)
     table = Table.read(folder / "out/params/params_ALL.csv", format="ascii.csv", comment="#")
+    region = next((folder / "out/regions").glob("*_centroids.reg"))
+    points = re.findall(r"^point\((.+),(.+)\)", region.read_text(encoding="utf-8"), re.MULTILINE)
+    ra, dec = np.array(points, float).T
     total = QTable(
         {
-            "RA": table["RA"] * u.deg,
-            "DEC": table["DEC"] * u.deg,
+            "RA": ra * u.deg,
+            "DEC": dec * u.deg,
             "FLUX_TOTAL": table["FLUX"] / held * u.mJy,
             "FLUX_TOTAL_ERR": table["FLUX_ERR"] / held * u.mJy,
             "FWHM_1": table["FWHM_1"] * u.arcsec,
