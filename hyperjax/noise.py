@@ -122,8 +122,8 @@ def local_rms(
         variance = np.divide(square, share, out=np.zeros_like(square), where=known)
         deviation = np.sqrt(np.maximum(variance, 0))  # sums of boxes may round below 0
         local = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), whole)
-        rms = _over_pixels(local, side, image.shape)
-    return rms
+        rms = local.repeat(side, 0).repeat(side, 1)[: image.shape[0], : image.shape[1]]
+    return _between_blocks(local, side, image.shape)
 
 
 def _block_means(image: NDArray[np.float64], side: int) -> NDArray[np.float64]:
@@ -134,10 +134,10 @@ def _block_means(image: NDArray[np.float64], side: int) -> NDArray[np.float64]:
     return np.asarray(out.reshape(ny, side, nx, side).mean(axis=(1, 3)))
 
 
-def _over_pixels(
+def _between_blocks(
     blocks: NDArray[np.float64], side: int, shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
-    """Undo `_block_means` for what varies slowly: interpolated between the squares' centres."""
+    """Undo `_block_means` for what varies slowly: interpolate between the squares' centres."""
     fine = ndimage.zoom(blocks, side, order=1, mode="nearest", grid_mode=True)
     return np.asarray(fine[: shape[0], : shape[1]])
 

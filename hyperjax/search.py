@@ -45,6 +45,8 @@ _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _ROUNDS = 6
+_RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
+_RING = 0.2  # of the source: their brightness
 
 
 class Found(NamedTuple):
@@ -62,7 +64,7 @@ def find_sources(field: Field) -> Found | None:
         return None
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
-    fits = sweep(field, noise, _as_sources(field, first), ROUGH).fits
+    fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
     settled = np.zeros(len(fits.x), bool)
     for number in range(_ROUNDS):
         noise = updated_noise(field, noise, fits)
@@ -143,6 +145,18 @@ def find_peaks(field: Field, noise: Noise, white: NDArray[np.float64], threshold
         snr[y, x] * error * noise.scale[y, x],
     )
     return found
+
+
+def _without_faint(field: Field, peaks: Peaks) -> Peaks:
+    """Peaks, brightest first, without those that are faint for their surroundings.
+
+    The first look at the noise has sources in it, of which whitening makes rings round bright ones.
+    What else is there is found when these have been fitted.
+    """
+    places = KDTree(np.column_stack([peaks.x, peaks.y]))
+    brighter, fainter = places.query_pairs(_RING_FWHM * field.fwhm_pix, output_type="ndarray").T
+    faint = peaks.snr[fainter] < _RING * peaks.snr[brighter]
+    return peaks.take(~np.isin(np.arange(len(peaks.x)), fainter[faint]))
 
 
 def _vertex(

@@ -56,8 +56,11 @@ class Spectrum:
 
     def transfer(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes of an image are multiplied by that has not been filtered."""
-        mean = _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box)
-        return np.asarray((1 - mean) * self.whitening(ky, kx))
+        return self.high_pass(ky, kx) * self.whitening(ky, kx)
+
+    def high_pass(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What the filter multiplies the modes of an image by."""
+        return np.asarray(1 - _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box))
 
 
 def _box_mean(k: NDArray[np.float64], side: int) -> NDArray[np.float64]:
@@ -211,7 +214,8 @@ def _template(
     """Transform of the whitened source at unit peak, and the root of its sum of squares."""
     ky, kx = room.modes
     damping = np.exp(-2 * (np.pi * sigma_pix) ** 2 * (ky[:, None] ** 2 + kx**2))
-    template = 2 * np.pi * sigma_pix**2 * damping * spectrum.transfer(ky, kx)
+    template = 2 * np.pi * sigma_pix**2 * damping * spectrum.high_pass(ky, kx)
+    template *= _whitener(spectrum, room)
     both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
     both[0] = 1.0
     if room.total[1] % 2 == 0:
