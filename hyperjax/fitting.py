@@ -3,21 +3,23 @@
 `fit_groups` takes a `GroupBatch` (cutouts of the same size, each with the same number of source
 slots) in pixel units and returns a `FitResult` in the same units. Inside, every problem is brought
 to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/sr takes the
-same steps), solved in persistent lanes, of large batches on every device, and brought back with its
-covariance.
+same steps), solved in persistent lanes, on all cores, and brought back with its covariance.
 """
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
-from hyperjax.kernels import solve_shares
+from hyperjax.kernels import solve_on
 from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, Scale, monomials
+from hyperjax.runtime import fit_threads
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -40,8 +42,6 @@ __all__ = [
     "fit_spectra",
 ]
 
-Solved = TypeVar("Solved")
-
 PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
@@ -49,7 +49,7 @@ _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients a
 _BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
-_SHARED = 1000  # problems of a batch from which all devices share it: fewer are not worth it
+_LEAST_SHARE = 128  # problems of a thread: fewer leave too many lanes empty
 _LANES = 32  # of a core, at most
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -150,9 +150,6 @@ class FitResult(NamedTuple):
     on_bound: Bool[Array, "group slot 6"]
 
 
-Finish = Callable[[], FitResult]
-
-
 def fit_groups(
     batch: GroupBatch,
     options: FitOptions = FitOptions(),  # noqa: B008
@@ -213,54 +210,63 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
 
 def _fitted(model: GaussianGroup, batch: GroupBatch, options: FitOptions) -> FitResult:
     """The fits of the groups, piece by piece."""
-    devices = devices_for(len(batch.data))
 
-    def begin(piece: GroupBatch) -> Finish:
+    def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
         problems = to_problems(np, model, piece, options)
-        solved = solve_block(model, problems, options, devices)
-        return lambda: _to_results(model, piece, problems.free, *solved())
+        solution, scale = solve_block(model, problems, options, device)
+        return _to_results(model, piece, problems.free, solution, scale)
 
-    return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
+    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
 
 
-def in_pieces(begin: Callable[[GroupBatch], Finish], batch: GroupBatch, size: int) -> FitResult:
-    """Fit `size` groups of the batch at a time, so that little more than the batch is in memory.
+def in_pieces(
+    fit: Callable[[GroupBatch, jax.Device], FitResult], batch: GroupBatch, sizes: list[int]
+) -> FitResult:
+    """Fit a batch in pieces of one of some sizes, or less, several at a time.
 
-    `begin` starts the fit of a piece and returns what waits for its end: the next piece is made
-    ready while the devices work.
+    Each thread (`runtime.fit_threads`) makes a piece ready, fits it on a device and reads the
+    result, so that little more than the batch is in memory.
     """
-    fits, waiting = [], None
-    for first in range(0, len(batch.data), size):
-        finish = begin(GroupBatch(*(leaf[first : first + size] for leaf in batch)))
-        if waiting is not None:
-            fits.append(waiting())
-        waiting = finish
-    if waiting is not None:
-        fits.append(waiting())
+    devices = jax.local_devices()
+    threads = fit_threads(len(devices))
+    count = len(batch.data)
+    size = next((size for size in sizes if size * threads >= count), sizes[-1])
+    shares = min(threads, max(count // _LEAST_SHARE, 1))
+    size = min(size, -(-count // shares))
+    pieces = [
+        GroupBatch(*(leaf[first : first + size] for leaf in batch))
+        for first in range(0, count, size)
+    ]
+    places = itertools.cycle(devices)
+    if len(pieces) == 1 or threads == 1:
+        fits = list(map(fit, pieces, places))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            fits = list(pool.map(fit, pieces, places))
     return FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
 
 
-def devices_for(problems: int) -> int:
-    """Number of devices that share a batch of this many problems."""
-    return len(jax.local_devices()) if problems >= _SHARED else 1
-
-
 def solve_block(
-    model: Model, problems: Problem, options: FitOptions, devices: int
-) -> Callable[[], tuple[Solution, Scale]]:
-    """Start to solve at most the largest of the `block_sizes` problems, on some devices.
-
-    Returns what waits for the solutions.
-    """
-    dtype = problems.data.dtype
-    count = len(problems.data)
+    model: Model, problems: Problem, options: FitOptions, device: jax.Device
+) -> tuple[Solution, Scale]:
+    """Solve at most the largest of the `block_sizes` problems on a device; numpy arrays."""
+    dtype, count = problems.data.dtype, len(problems.data)
     size = next(size for size in block_sizes(model, dtype) if size >= count)
-    counts = np.bincount(np.arange(count) % devices, minlength=devices)
-    dealt = _dealt(problems, devices, -(-size // devices))
-    solved = solve_shares(
-        model, lanes_for(model, dtype), dealt, tolerances_of(options, dtype), counts
+
+    def padded(leaf: np.ndarray) -> np.ndarray:
+        out = np.zeros((size, *leaf.shape[1:]), leaf.dtype)
+        out[:count] = leaf
+        return out
+
+    solved = solve_on(
+        device,
+        model,
+        lanes_for(model, dtype),
+        jax.tree.map(padded, problems),
+        tolerances_of(options, dtype),
+        np.asarray(count, np.int32),
     )
-    return lambda: _gathered(solved, devices, count)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], solved)
 
 
 def block_sizes(model: Model, dtype: Any) -> list[int]:
@@ -345,37 +351,6 @@ def lanes_for(model: Model, dtype: Any) -> int:
     on_cpu = jax.default_backend() == "cpu"
     room, most = (_LANE_BYTES, _LANES) if on_cpu else (_DEVICE_BYTES, _DEVICE_BLOCKS[-1])
     return int(np.clip(2 ** int(np.log2(max(room // lane, 1))), 1, most))
-
-
-def _dealt(problems: Problem, devices: int, share: int) -> Problem:
-    """The problems dealt out to the devices in turn.
-
-    The leading axis holds the first device's share, then the second's; padding is at the end of
-    each share.
-    """
-
-    def deal(leaf: np.ndarray) -> np.ndarray:
-        out = np.zeros((devices, share, *leaf.shape[1:]), leaf.dtype)
-        for device in range(devices):
-            mine = leaf[device::devices]
-            out[device, : len(mine)] = mine
-        return out.reshape(devices * share, *leaf.shape[1:])
-
-    return jax.tree.map(deal, problems)
-
-
-def _gathered(solved: Solved, devices: int, count: int) -> Solved:
-    """Undo `_dealt`: the first `count` entries, in the order of the problems."""
-
-    def gather(leaf: Array) -> np.ndarray:
-        out = np.empty((count, *leaf.shape[1:]), leaf.dtype)
-        shares = np.split(np.asarray(leaf), devices)
-        for device, share in enumerate(shares):
-            mine = out[device::devices]
-            mine[:] = share[: len(mine)]
-        return out
-
-    return jax.tree.map(gather, solved)
 
 
 # --- Units: from pixels to scaled coordinates and back. `xp` is numpy or jax.numpy. ---------------

@@ -8,6 +8,7 @@ comes before it, which takes longer than fitting a map. Here the traced program 
 import functools
 import hashlib
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import export, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Int
 
 from hyperjax.errors import OutputError
@@ -26,38 +27,41 @@ from hyperjax.solver import Solution, Tolerances, solve_lanes
 logger = logging.getLogger(__name__)
 
 _TRACED = ("models", "spectral", "solver", "kernels")
+_making = threading.Lock()
 _DIGEST = hashlib.sha256().digest_size
 _SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0), Scale(0, 0, 0, 0)))
 
 
 class _Kind(NamedTuple):
-    """What tells one traced program from another: the model, and types and shapes of the data."""
+    """What tells one program from another: the model, types and shapes of the data, the device."""
 
     model: Model
     lanes: int
-    devices: int
     double: bool
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     structure: Any
+    device: jax.Device
 
 
-def solve_shares(
+def solve_on(
+    device: jax.Device,
     model: Model,
     lanes: int,
     problems: Problem,
     tolerances: Tolerances,
-    counts: Int[Array, " device"],
+    count: Int[Array, ""],
 ) -> tuple[Solution, Scale]:
-    """Solve problems whose leading axis is divided over the devices.
+    """Solve a stack of problems on one device, several of them in as many threads.
 
     They are brought to the model's own units (`Model.scaled`), in which the solutions are. The
-    first `counts[d]` of device d's share are solved (`solver.solve_lanes`).
+    first `count` are solved (`solver.solve_lanes`).
     """
-    leaves, structure = jax.tree.flatten((problems, tolerances, counts))
+    leaves, structure = jax.tree.flatten((problems, tolerances, count))
     specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     double = problems.data.dtype == np.float64
     with jax.enable_x64(double):
-        solve = _program(_Kind(model, lanes, len(counts), double, specs, structure))
+        with _making:  # threads ask for a program at the same time
+            solve = _program(_Kind(model, lanes, double, specs, structure, device))
         return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 
@@ -65,19 +69,22 @@ def solve_shares(
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
     options = _known_options(tuple(kind.model.compiler_options.items()))
-    fresh = jax.jit(functools.partial(_solve_each, kind), compiler_options=options)
+    solve = jax.jit(functools.partial(_solve, kind))
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
-    if may_change or not folder or "://" in folder:
-        return fresh
-    path = Path(folder) / f"hyperjax-{_fingerprint(kind)}.stablehlo"
-    exported = _kept(path)
-    if exported is None:
-        exported = export.export(fresh)(*kind.arguments)
-        _keep(exported, path)
-    each, same = (NamedSharding(_mesh(kind.devices), spec) for spec in _specs())
-    shardings = [each if argument.shape else same for argument in kind.arguments]
-    return jax.jit(exported.call, in_shardings=shardings, compiler_options=options)
+    if not may_change and folder and "://" not in folder:
+        path = Path(folder) / f"hyperjax-{_fingerprint(kind)}.stablehlo"
+        exported = _kept(path)
+        if exported is None:
+            exported = export.export(solve)(*kind.arguments)
+            _keep(exported, path)
+        solve = jax.jit(exported.call)
+    there = SingleDeviceSharding(kind.device)
+    placed = [
+        jax.ShapeDtypeStruct(argument.shape, argument.dtype, sharding=there)
+        for argument in kind.arguments
+    ]
+    return solve.lower(*placed).compile(compiler_options=options)
 
 
 @functools.cache
@@ -93,33 +100,11 @@ def _known_options(options: tuple[tuple[str, bool], ...]) -> dict[str, bool]:
     return dict(options)
 
 
-def _solve_each(kind: _Kind, *leaves: Array) -> list[Array]:
-    """Solve each device's share on that device."""
-
-    def solve(
-        share: Problem, tolerances: Tolerances, count: Int[Array, " 1"]
-    ) -> tuple[Solution, Scale]:
-        problems, scale = lax.optimization_barrier(jax.vmap(kind.model.scaled)(share))
-        return solve_lanes(kind.model, problems, tolerances, kind.lanes, count[0]), scale
-
-    each, same = _specs()
-    shared = jax.shard_map(
-        solve,
-        mesh=_mesh(kind.devices),
-        in_specs=(each, same, each),
-        out_specs=each,
-        check_vma=False,
-    )
-    return jax.tree.leaves(shared(*jax.tree.unflatten(kind.structure, leaves)))
-
-
-def _mesh(devices: int) -> Mesh:
-    return Mesh(np.array(jax.local_devices()[:devices]), ("group",))
-
-
-def _specs() -> tuple[PartitionSpec, PartitionSpec]:
-    """How arrays are divided: along their leading axis, and not at all."""
-    return PartitionSpec("group"), PartitionSpec()
+def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
+    problems, tolerances, count = jax.tree.unflatten(kind.structure, leaves)
+    problems, scale = lax.optimization_barrier(jax.vmap(kind.model.scaled)(problems))
+    solution = solve_lanes(kind.model, problems, tolerances, kind.lanes, count)
+    return jax.tree.leaves((solution, scale))
 
 
 def _kept(path: Path) -> export.Exported | None:

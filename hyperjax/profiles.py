@@ -8,17 +8,16 @@ is automatic; lanes, bounds, losses, backgrounds and statistics are the same.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
 from hyperjax.errors import FitInputError
 from hyperjax.fitting import (
-    Finish,
     FitOptions,
     FitResult,
     GroupBatch,
     block_sizes,
-    devices_for,
     in_pieces,
     inverse_over_free,
     solve_block,
@@ -90,14 +89,13 @@ def fit_profiles(
     grid = Grid((ny, nx))
     order = max(int(batch.order.max()), -1)
     model = ProfileGroup(grid, _Switched(profile, grid), size + 1, slots, order, options.loss)
-    devices = devices_for(len(batch.data))
 
-    def begin(piece: GroupBatch) -> Finish:
+    def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
         problems, offset = _to_problems(model, piece, options)
-        solved = solve_block(model, problems, options, devices)
-        return lambda: _to_result(model, piece, problems, offset, solved()[0])
+        solution, _ = solve_block(model, problems, options, device)
+        return _to_result(model, piece, problems, offset, solution)
 
-    return in_pieces(begin, batch, block_sizes(model, batch.data.dtype)[-1])
+    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
 
 
 def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+_threads: int | None = None  # that fit, where that was configured
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST = 2**30, 2**25  # bytes; the second is what the manual allows
 
@@ -18,19 +20,27 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def configure_runtime(cpu_devices: int | None = None, cache: Path | None = None) -> None:
+def fit_threads(devices: int) -> int:
+    """Threads that fit at the same time: one per core, or two for each other kind of device.
+
+    Of those two one makes ready what the device is to do next.
+    """
+    import jax
+
+    return _threads or usable_cores() if jax.default_backend() == "cpu" else 2 * devices
+
+
+def configure_runtime(threads: int | None = None, cache: Path | None = None) -> None:
     """Set jax up for a process of its own; best before the first computation.
 
-    One process uses all cores: each is a device of jax's, and the fits are divided over the
-    devices. XLA's thread pool (the environment variable NPROC) is made larger than the number of
-    devices: where a device's own thread waits for others of a full pool, it waits for ever. Where
-    jax is running already, its devices stay as they are. Memory that is freed stays with the
-    process.
+    One process uses all cores: fits are divided over threads, each of which computes on its own
+    (the environment variable NPROC, if it is set, says how many threads XLA divides one computation
+    over besides). Memory that is freed stays with the process.
 
     Parameters
     ----------
-    cpu_devices
-        Devices that the processor is divided into, one per core unless given.
+    threads
+        Threads that fit, one per core unless given.
     cache
         Folder of the persistent compilation cache; `hyperjax` in the user's cache folder unless
         given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.
@@ -38,16 +48,14 @@ def configure_runtime(cpu_devices: int | None = None, cache: Path | None = None)
     import jax
     from platformdirs import user_cache_dir
 
+    global _threads
+    _threads = threads
     _keep_memory()
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         cache or Path(user_cache_dir("hyperjax")) / "jax"
     )
-    devices = cpu_devices or usable_cores()
-    os.environ.setdefault("NPROC", str(2 * devices if devices > 1 else 1))
-    try:
-        jax.config.update("jax_num_cpu_devices", devices)
-    except RuntimeError:  # jax's only way to tell that it is running
-        logger.debug("jax is running already: its %d devices are used", jax.local_device_count())
+    os.environ.setdefault("NPROC", "1")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

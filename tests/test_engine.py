@@ -29,7 +29,7 @@ jax.monitoring.register_event_duration_secs_listener(count)
 jax.monitoring.register_event_listener(
     lambda event, **_: hits.append(event) if event == "/jax/compilation_cache/cache_hits" else None
 )
-configure_runtime(cpu_devices=1, cache=Path(sys.argv[1]))
+configure_runtime(threads=1, cache=Path(sys.argv[1]))
 
 def fit(groups, seed):
     rng = np.random.default_rng(seed)
