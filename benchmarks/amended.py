@@ -1,0 +1,278 @@
+"""Run hyper_py with some of its behaviours changed: what makes its results differ from others?
+
+For `parity.py`, in an environment that has hyper_py and not hyperjax. hyper_py's files stay as they
+are: the functions that do what is to be changed are replaced in this process alone.
+
+    python benchmarks/amended.py CONFIG.yaml threshold weights ...
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from astropy.io import ascii as tables
+from astropy.modeling import models
+from astropy.stats import sigma_clipped_stats
+from astropy.wcs import WCS
+from hyper_py import bkg_multigauss, bkg_single, detection, fitting, gaussfit, hyper, single_map
+from lmfit import Parameters, minimize
+from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
+
+FWHM_PER_SIGMA = np.sqrt(8 * np.log(2))
+FILTER_FWHM = 4.0  # side of the high-pass filter
+MASK_SIGMA = 3.0  # radius of a source in the fit of a background, sigmas of the beam
+LEAST_WEIGHT = 1e-3  # of the largest
+
+Image = NDArray[np.float64]
+
+
+def high_pass(image: Image, fwhm_pix: float) -> Image:
+    side = 2 * int(FILTER_FWHM / 2 * fwhm_pix) + 1
+    return np.asarray(image - uniform_filter(image, side, mode="nearest"))
+
+
+def around(function: Callable[..., Any], change: Callable[[dict[str, Any]], None]) -> Any:
+    """A function whose arguments, by name, are changed before every call."""
+    signature = inspect.signature(function)
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        change(given)
+        return function(**given)
+
+    return changed
+
+
+# --- Detection -----------------------------------------------------------------------------------
+
+
+def filtered_threshold() -> None:
+    """Sources stand out of the filtered map by the filtered map's own noise."""
+    original = detection.filter_by_snr
+
+    def by_snr(peaks: Any, real_map: Image, rms: float, threshold: float) -> Any:
+        filtered = high_pass(real_map, beam_pix())
+        rms = sigma_clipped_stats(filtered, sigma=3.0, maxiters=10)[2]
+        return original(peaks, filtered, rms, threshold)
+
+    detection.filter_by_snr = by_snr
+
+
+def filtered_positions() -> None:
+    """Positions are centroids of the filtered map above the least of the nine pixels."""
+    original = detection.snap_to_map_peak
+
+    def snapped(peaks: Any, real_map: Image, search_radius_pix: float = 1.0) -> Any:
+        filtered = high_pass(real_map, beam_pix())
+        out = original(peaks, filtered, search_radius_pix)
+        for row in out:
+            row["xcentroid"], row["ycentroid"] = centroid(
+                filtered, row["xcentroid"], row["ycentroid"]
+            )
+        return out
+
+    detection.snap_to_map_peak = snapped
+
+
+def centroid(image: Image, x: float, y: float) -> tuple[float, float]:
+    """Of the 3 x 3 pixels round the brightest one near a position, above the least of them."""
+    column, row = round(float(x)), round(float(y))
+    near = image[row - 1 : row + 2, column - 1 : column + 2]
+    dy, dx = np.unravel_index(np.argmax(near), near.shape)
+    column, row = column + int(dx) - 1, row + int(dy) - 1
+    near = image[row - 1 : row + 2, column - 1 : column + 2]
+    weight = (near - near.min()) / np.sum(near - near.min())
+    step = np.arange(-1, 2)
+    return float(column + np.sum(weight * step)), float(row + np.sum(weight * step[:, None]))
+
+
+# --- Backgrounds ---------------------------------------------------------------------------------
+
+
+class FixedMask:
+    """In place of the Gaussian that is fitted to mask a source: a circle of a fixed radius."""
+
+    def __call__(self, start: Any, x: Image, y: Image, z: Image) -> Any:
+        width = MASK_SIGMA * beam_pix() / FWHM_PER_SIGMA / 2
+        peak = start.amplitude.value
+        return models.Gaussian2D(peak, start.x_mean.value, start.y_mean.value, width, width)
+
+
+def whole_mask() -> None:
+    for module in (bkg_single, bkg_multigauss):
+        module.fitting = SimpleNamespace(LevMarLSQFitter=FixedMask)
+    bkg_multigauss.find_objects = lambda labels: []
+
+
+def no_filling() -> None:
+    for module in (bkg_single, bkg_multigauss):
+        module.interpolate_replace_nans = lambda image, kernel: image
+
+
+def no_clipping() -> None:
+    """Background pixels are not clipped as if their values were those of a constant."""
+
+    def all_of_them(values: Image) -> Any:
+        return np.ma.array(values, mask=~np.isfinite(values))
+
+    for module in (bkg_single, bkg_multigauss):
+        module.SigmaClip = lambda **options: all_of_them
+
+
+def same_pixels() -> None:
+    """Backgrounds of boxes of all sizes are compared on the pixels that all of them share."""
+    gaussfit.masked_background_single_sources = best_of(bkg_single.masked_background_single_sources)
+    fitting.multigauss_background = best_of(bkg_multigauss.multigauss_background)
+
+
+def best_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that fits backgrounds, called box by box."""
+    signature = inspect.signature(function)
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        tried = [function(**{**given, "box_sizes": [box]}) for box in given["box_sizes"]]
+        shape = given["image"].shape
+        rest = [on_map(result[1] + result[3] - result[3], result, shape) for result in tried]
+        level = [on_map(result[0], result, shape) for result in tried]
+        common = np.all(np.isfinite(rest), axis=0)
+        return tried[int(np.argmin([np.mean(image[common] ** 2) for image in level]))]
+
+    return chosen
+
+
+def on_map(cutout: Image, result: Sequence[Any], shape: tuple[int, int]) -> Image:
+    x_min, x_max, y_min, y_max = result[9:13]
+    out = np.full(shape, np.nan)
+    out[y_min:y_max, x_min:x_max] = cutout
+    return out
+
+
+# --- Fits ----------------------------------------------------------------------------------------
+
+
+class WidePeaks(Parameters):
+    """Peaks from 0 to thrice the brightest pixel."""
+
+    def add(self, name: Any, value: Any = None, **options: Any) -> None:
+        if str(name).endswith("amplitude") and "max" in options:
+            options.update(min=0.0, max=3 * value)
+        super().add(name, value, **options)
+
+
+def wide_peaks() -> None:
+    for module in (gaussfit, fitting):
+        module.Parameters = WidePeaks
+
+
+def modelled_weights() -> None:
+    """Weights that follow the signal-to-noise ratio follow that of the model."""
+
+    def twice(residual: Any, params: Any, args: Any, kws: Any, **options: Any) -> Any:
+        x, y, data = args
+        first = minimize(residual, params, args=args, kws={"weights": None}, **options)
+        model = residual(first.params, x, y, np.zeros_like(data))
+        noise = np.std(data - model)
+        weights = np.maximum(model / noise, 1.0)
+        weights = np.maximum(weights / weights.max(), LEAST_WEIGHT)
+        return minimize(residual, first.params, args=args, kws={"weights": weights}, **options)
+
+    for module in (gaussfit, fitting):
+        module.minimize = twice
+
+
+def same_circle() -> None:
+    """Blended sources are fitted in circles of the same size as isolated ones."""
+    original = fitting._moment_init
+
+    def moments(data: Image, x: float, y: float, sigma: float) -> tuple[float, float, float]:
+        largest = float(config()["photometry"]["aper_sup"]) * sigma
+        return largest, 0.98 * largest, original(data, x, y, sigma)[2] or 0.0
+
+    fitting._moment_init = moments
+
+
+def own_pixels() -> None:
+    """An isolated source is known by its own number, not by its number among the isolated."""
+
+    def numbered(given: dict[str, Any]) -> None:
+        near = np.hypot(
+            given["all_sources_xcen"] - given["xcen"], given["all_sources_ycen"] - given["ycen"]
+        )
+        given["source_id"] = int(np.argmin(near))
+
+    single_map.fit_isolated_gaussian = around(single_map.fit_isolated_gaussian, numbered)
+
+
+def without_neighbours() -> None:
+    """Sources outside a group are subtracted, as an earlier run measured them."""
+    known = tables.read(config()["known"], format="csv")
+
+    def subtracted(given: dict[str, Any]) -> None:
+        struct = given["map_struct"]
+        x, y = WCS(struct["header"]).wcs_world2pix(known["RA"], known["DEC"], 0)
+        own_x, own_y = np.atleast_1d(given["xcen"]), np.atleast_1d(given["ycen"])
+        distance = np.hypot(x[:, None] - own_x, y[:, None] - own_y).min(axis=1)
+        image = given["image"].copy()
+        for row in np.flatnonzero(distance > 2.0):
+            near = np.hypot(x[row] - own_x, y[row] - own_y).min()
+            if near < 12 * beam_pix():
+                image -= gaussian(known[row], x[row], y[row], struct["pix_dim"], image.shape)
+        given["image"] = image
+
+    for name in ("fit_isolated_gaussian", "fit_group_with_background"):
+        setattr(single_map, name, around(getattr(single_map, name), subtracted))
+
+
+def gaussian(row: Any, x: float, y: float, scale: float, shape: tuple[int, int]) -> Image:
+    """A source of a catalogue, in the unit of the map per pixel."""
+    sigma = [row[name] / scale / FWHM_PER_SIGMA for name in ("FWHM_1", "FWHM_2")]
+    ratio = float(config()["photometry"]["fwhm_radius_ratio"])
+    peak = row["FLUX"] / (1 - 2 ** (-4 * ratio**2)) / (2 * np.pi * sigma[0] * sigma[1])
+    theta = np.deg2rad(row["PA"] + 90)
+    grid_y, grid_x = np.indices(shape)
+    return np.asarray(models.Gaussian2D(peak, x, y, *sigma, theta)(grid_x, grid_y))
+
+
+AMENDMENTS: Mapping[str, Callable[[], None]] = {
+    "threshold": filtered_threshold,
+    "positions": filtered_positions,
+    "mask": whole_mask,
+    "filling": no_filling,
+    "clipping": no_clipping,
+    "selection": same_pixels,
+    "peaks": wide_peaks,
+    "weights": modelled_weights,
+    "circle": same_circle,
+    "number": own_pixels,
+    "neighbours": without_neighbours,
+}
+
+_CONFIG: dict[str, Any] = {}
+
+
+def config() -> dict[str, Any]:
+    return _CONFIG
+
+
+def beam_pix() -> float:
+    return float(config()["beam_pix"])
+
+
+def main() -> None:
+    import yaml
+
+    path, *names = sys.argv[1:]
+    _CONFIG.update(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    for name in names:
+        AMENDMENTS[name]()
+    hyper.start_hyper(path)
+
+
+if __name__ == "__main__":
+    main()
