@@ -6,6 +6,7 @@ are: the functions that do what is to be changed are replaced in this process al
     python benchmarks/amended.py CONFIG.yaml threshold weights ...
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,22 +25,25 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
 FWHM_PER_SIGMA = np.sqrt(8 * np.log(2))
-FILTER_FWHM = 4.0  # side of the high-pass filter
 MASK_SIGMA = 3.0  # radius of a source in the fit of a background, sigmas of the beam
+GROUP_FWHM = 2.5  # that of the default of hyperjax
+ROUNDS = 3  # of fits with weights that follow the model
 LEAST_WEIGHT = 1e-3  # of the largest
 
 Image = NDArray[np.float64]
 
 
-def high_pass(image: Image, fwhm_pix: float) -> Image:
-    side = 2 * int(FILTER_FWHM / 2 * fwhm_pix) + 1
-    return np.asarray(image - uniform_filter(image, side, mode="nearest"))
+def high_pass(image: Image) -> Image:
+    """The map minus its mean in a box of the side that hyper_py's detection takes, or another."""
+    filled = np.where(np.isfinite(image), image, np.nanmedian(image))
+    return np.asarray(filled - uniform_filter(filled, config()["filter_side"], mode="nearest"))
 
 
 def around(function: Callable[..., Any], change: Callable[[dict[str, Any]], None]) -> Any:
     """A function whose arguments, by name, are changed before every call."""
     signature = inspect.signature(function)
 
+    @functools.wraps(function)
     def changed(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         change(given)
@@ -56,7 +60,7 @@ def filtered_threshold() -> None:
     original = detection.filter_by_snr
 
     def by_snr(peaks: Any, real_map: Image, rms: float, threshold: float) -> Any:
-        filtered = high_pass(real_map, beam_pix())
+        filtered = high_pass(real_map)
         rms = sigma_clipped_stats(filtered, sigma=3.0, maxiters=10)[2]
         return original(peaks, filtered, rms, threshold)
 
@@ -65,11 +69,10 @@ def filtered_threshold() -> None:
 
 def filtered_positions() -> None:
     """Positions are centroids of the filtered map above the least of the nine pixels."""
-    original = detection.snap_to_map_peak
 
     def snapped(peaks: Any, real_map: Image, search_radius_pix: float = 1.0) -> Any:
-        filtered = high_pass(real_map, beam_pix())
-        out = original(peaks, filtered, search_radius_pix)
+        filtered = high_pass(real_map)
+        out = peaks.copy()
         for row in out:
             row["xcentroid"], row["ycentroid"] = centroid(
                 filtered, row["xcentroid"], row["ycentroid"]
@@ -80,15 +83,25 @@ def filtered_positions() -> None:
 
 
 def centroid(image: Image, x: float, y: float) -> tuple[float, float]:
-    """Of the 3 x 3 pixels round the brightest one near a position, above the least of them."""
+    """Of the 3 x 3 pixels round the brightest of five near a position, above the least of them."""
     column, row = round(float(x)), round(float(y))
-    near = image[row - 1 : row + 2, column - 1 : column + 2]
-    dy, dx = np.unravel_index(np.argmax(near), near.shape)
-    column, row = column + int(dx) - 1, row + int(dy) - 1
+    steps = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
+    dx, dy = max(steps, key=lambda step: image[row + step[1], column + step[0]])
+    column, row = column + dx, row + dy
     near = image[row - 1 : row + 2, column - 1 : column + 2]
     weight = (near - near.min()) / np.sum(near - near.min())
     step = np.arange(-1, 2)
     return float(column + np.sum(weight * step)), float(row + np.sum(weight * step[:, None]))
+
+
+def wide_filter() -> None:
+    """Peaks are searched in a map that is filtered as hyperjax filters it."""
+    config()["filter_side"] = config()["filter_side_wide"]
+
+    def filtered(image: Image, kernel_size_pix: int, fwhm_pix: float) -> Image:
+        return np.maximum(high_pass(image), 0.0)
+
+    detection.high_pass_filter = filtered
 
 
 # --- Backgrounds ---------------------------------------------------------------------------------
@@ -130,18 +143,32 @@ def same_pixels() -> None:
     fitting.multigauss_background = best_of(bkg_multigauss.multigauss_background)
 
 
-def best_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def near_boxes() -> None:
+    """Boxes reach as far beyond a position as the keys say, not `aper_sup` beams further."""
+
+    def smaller(given: dict[str, Any]) -> None:
+        shrink = 2 * round(given["max_fwhm_extent"])
+        given["box_sizes"] = [size - shrink for size in given["box_sizes"]]
+
+    gaussfit.masked_background_single_sources = around(
+        gaussfit.masked_background_single_sources, smaller
+    )
+    fitting.multigauss_background = around(fitting.multigauss_background, smaller)
+
+
+def best_of(function: Callable[..., Any]) -> Any:
     """A function that fits backgrounds, called box by box."""
     signature = inspect.signature(function)
 
+    @functools.wraps(function)
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = dict(signature.bind(*args, **kwargs).arguments)
         tried = [function(**{**given, "box_sizes": [box]}) for box in given["box_sizes"]]
         shape = given["image"].shape
-        rest = [on_map(result[1] + result[3] - result[3], result, shape) for result in tried]
-        level = [on_map(result[0], result, shape) for result in tried]
-        common = np.all(np.isfinite(rest), axis=0)
-        return tried[int(np.argmin([np.mean(image[common] ** 2) for image in level]))]
+        masked = [on_map(result[1], result, shape) for result in tried]
+        left = [on_map(result[0], result, shape) for result in tried]
+        common = np.all(np.isfinite(masked), axis=0)
+        return tried[int(np.argmin([np.mean(image[common] ** 2) for image in left]))]
 
     return chosen
 
@@ -156,34 +183,62 @@ def on_map(cutout: Image, result: Sequence[Any], shape: tuple[int, int]) -> Imag
 # --- Fits ----------------------------------------------------------------------------------------
 
 
-class WidePeaks(Parameters):
-    """Peaks from 0 to thrice the brightest pixel."""
+class OtherBounds(Parameters):
+    """Peaks from 0 to thrice the brightest pixel; sizes up to the largest allowed one."""
+
+    peaks = sizes = False
 
     def add(self, name: Any, value: Any = None, **options: Any) -> None:
-        if str(name).endswith("amplitude") and "max" in options:
+        if self.peaks and str(name).endswith("amplitude"):
             options.update(min=0.0, max=3 * value)
+        if self.sizes and str(name).endswith(("_sx", "_sy", "_sigmax", "_sigmay")):
+            options["max"] = float(config()["photometry"]["aper_sup"]) * beam_pix() / 2.3548
+            value = min(value, options["max"])
         super().add(name, value, **options)
 
 
-def wide_peaks() -> None:
+def other_bounds(name: str) -> None:
+    setattr(OtherBounds, name, True)
     for module in (gaussfit, fitting):
-        module.Parameters = WidePeaks
+        module.Parameters = OtherBounds
+
+
+def wide_peaks() -> None:
+    other_bounds("peaks")
+
+
+def bounded_sizes() -> None:
+    other_bounds("sizes")
+
+
+def wide_groups() -> None:
+    """Groups reach as far as those of hyperjax."""
+
+    def wider(given: dict[str, Any]) -> None:
+        given["aper_sup"] = GROUP_FWHM / 2
+
+    single_map.group_sources = around(single_map.group_sources, wider)
 
 
 def modelled_weights() -> None:
     """Weights that follow the signal-to-noise ratio follow that of the model."""
 
-    def twice(residual: Any, params: Any, args: Any, kws: Any, **options: Any) -> Any:
+    def again(residual: Any, params: Any, args: Any, kws: Any, **options: Any) -> Any:
         x, y, data = args
-        first = minimize(residual, params, args=args, kws={"weights": None}, **options)
-        model = residual(first.params, x, y, np.zeros_like(data))
-        noise = np.std(data - model)
-        weights = np.maximum(model / noise, 1.0)
-        weights = np.maximum(weights / weights.max(), LEAST_WEIGHT)
-        return minimize(residual, first.params, args=args, kws={"weights": weights}, **options)
+        follows = kws["weights"] > 0  # there they are the data over the noise
+        noise = np.median(data[follows] / kws["weights"][follows])
+        result = minimize(residual, params, args=args, kws={"weights": None}, **options)
+        for _ in range(ROUNDS):
+            model = residual(result.params, x, y, np.zeros_like(data))
+            signal = np.maximum(model / noise, 1.0)
+            weights = np.maximum(signal / signal.max(), LEAST_WEIGHT)
+            result = minimize(
+                residual, result.params, args=args, kws={"weights": weights}, **options
+            )
+        return result
 
     for module in (gaussfit, fitting):
-        module.minimize = twice
+        module.minimize = again
 
 
 def same_circle() -> None:
@@ -247,6 +302,10 @@ AMENDMENTS: Mapping[str, Callable[[], None]] = {
     "clipping": no_clipping,
     "selection": same_pixels,
     "peaks": wide_peaks,
+    "sizes": bounded_sizes,
+    "groups": wide_groups,
+    "filter": wide_filter,
+    "boxes": near_boxes,
     "weights": modelled_weights,
     "circle": same_circle,
     "number": own_pixels,
