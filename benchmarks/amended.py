@@ -1,20 +1,22 @@
-"""Run hyper_py with some of its behaviours changed: what makes its results differ from others?
+"""Run hyper_py with some of its behaviours changed: which of them make its results differ?
 
 For `parity.py`, in an environment that has hyper_py and not hyperjax. hyper_py's files stay as they
-are: the functions that do what is to be changed are replaced in this process alone.
+are: the functions that do what is to be changed are replaced in this process alone. Each of the
+`AMENDMENTS` changes one behaviour; its docstring says what hyper_py does then.
 
-    python benchmarks/amended.py CONFIG.yaml threshold weights ...
+    python amended.py CONFIG.yaml --beam-pix 4 --change noise threshold weights
 """
 
+import argparse
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import yaml
 from astropy.io import ascii as tables
 from astropy.modeling import models
 from astropy.stats import sigma_clipped_stats
@@ -25,6 +27,8 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
 FWHM_PER_SIGMA = np.sqrt(8 * np.log(2))
+FILTER_FWHM = 4.0  # least side of the filter of the detection, of hyperjax
+NEAR_FWHM = 12.0  # neighbours further away are not subtracted
 MASK_SIGMA = 3.0  # radius of a source in the fit of a background, sigmas of the beam
 GROUP_FWHM = 2.5  # that of the default of hyperjax
 ROUNDS = 3  # of fits with weights that follow the model
@@ -33,10 +37,20 @@ LEAST_WEIGHT = 1e-3  # of the largest
 Image = NDArray[np.float64]
 
 
+@functools.cache
+def config() -> dict[str, Any]:
+    """The configuration file, and what else the amendments have to know."""
+    return {}
+
+
 def high_pass(image: Image) -> Image:
     """The map minus its mean in a box of the side that hyper_py's detection takes, or another."""
     filled = np.where(np.isfinite(image), image, np.nanmedian(image))
     return np.asarray(filled - uniform_filter(filled, config()["filter_side"], mode="nearest"))
+
+
+def beam_sigma() -> float:
+    return float(config()["beam_pix"] / FWHM_PER_SIGMA)
 
 
 def around(function: Callable[..., Any], change: Callable[[dict[str, Any]], None]) -> Any:
@@ -55,16 +69,23 @@ def around(function: Callable[..., Any], change: Callable[[dict[str, Any]], None
 # --- Detection -----------------------------------------------------------------------------------
 
 
+def filtered_noise() -> None:
+    """The threshold is a multiple of the noise of the filtered map."""
+
+    def change(given: dict[str, Any]) -> None:
+        filtered = high_pass(given["real_map"])
+        given["rms_real"] = sigma_clipped_stats(filtered, sigma=3.0, maxiters=10)[2]
+
+    single_map.detect_sources = around(single_map.detect_sources, change)
+
+
 def filtered_threshold() -> None:
-    """Sources stand out of the filtered map by the filtered map's own noise."""
-    original = detection.filter_by_snr
+    """The filtered map, not the map, has to be above the threshold."""
 
-    def by_snr(peaks: Any, real_map: Image, rms: float, threshold: float) -> Any:
-        filtered = high_pass(real_map)
-        rms = sigma_clipped_stats(filtered, sigma=3.0, maxiters=10)[2]
-        return original(peaks, filtered, rms, threshold)
+    def change(given: dict[str, Any]) -> None:
+        given["real_map"] = high_pass(given["real_map"])
 
-    detection.filter_by_snr = by_snr
+    detection.filter_by_snr = around(detection.filter_by_snr, change)
 
 
 def filtered_positions() -> None:
@@ -96,7 +117,8 @@ def centroid(image: Image, x: float, y: float) -> tuple[float, float]:
 
 def wide_filter() -> None:
     """Peaks are searched in a map that is filtered as hyperjax filters it."""
-    config()["filter_side"] = config()["filter_side_wide"]
+    side = FILTER_FWHM * config()["beam_pix"]
+    config()["filter_side"] = 2 * int(np.ceil((side - 1) / 2)) + 1
 
     def filtered(image: Image, kernel_size_pix: int, fwhm_pix: float) -> Image:
         return np.maximum(high_pass(image), 0.0)
@@ -107,53 +129,35 @@ def wide_filter() -> None:
 # --- Backgrounds ---------------------------------------------------------------------------------
 
 
-class FixedMask:
-    """In place of the Gaussian that is fitted to mask a source: a circle of a fixed radius."""
+class Circle:
+    """In place of the Gaussian that is fitted to mask a source: a circle of a fixed radius.
+
+    A mask reaches to 0.1353 of the peak: two sigma.
+    """
 
     def __call__(self, start: Any, x: Image, y: Image, z: Image) -> Any:
-        width = MASK_SIGMA * beam_pix() / FWHM_PER_SIGMA / 2
-        peak = start.amplitude.value
-        return models.Gaussian2D(peak, start.x_mean.value, start.y_mean.value, width, width)
+        width = MASK_SIGMA / 2 * beam_sigma()
+        peak, centre = start.amplitude.value, (start.x_mean.value, start.y_mean.value)
+        return models.Gaussian2D(peak, *centre, width, width)
 
 
 def whole_mask() -> None:
+    """Sources are masked with circles that hold them, and no mask is made smaller."""
     for module in (bkg_single, bkg_multigauss):
-        module.fitting = SimpleNamespace(LevMarLSQFitter=FixedMask)
+        module.fitting = SimpleNamespace(LevMarLSQFitter=Circle)
     bkg_multigauss.find_objects = lambda labels: []
 
 
 def no_filling() -> None:
+    """What is masked stays so: it is not filled with its surroundings, as background to fit."""
     for module in (bkg_single, bkg_multigauss):
         module.interpolate_replace_nans = lambda image, kernel: image
-
-
-def no_clipping() -> None:
-    """Background pixels are not clipped as if their values were those of a constant."""
-
-    def all_of_them(values: Image) -> Any:
-        return np.ma.array(values, mask=~np.isfinite(values))
-
-    for module in (bkg_single, bkg_multigauss):
-        module.SigmaClip = lambda **options: all_of_them
 
 
 def same_pixels() -> None:
     """Backgrounds of boxes of all sizes are compared on the pixels that all of them share."""
     gaussfit.masked_background_single_sources = best_of(bkg_single.masked_background_single_sources)
     fitting.multigauss_background = best_of(bkg_multigauss.multigauss_background)
-
-
-def near_boxes() -> None:
-    """Boxes reach as far beyond a position as the keys say, not `aper_sup` beams further."""
-
-    def smaller(given: dict[str, Any]) -> None:
-        shrink = 2 * round(given["max_fwhm_extent"])
-        given["box_sizes"] = [size - shrink for size in given["box_sizes"]]
-
-    gaussfit.masked_background_single_sources = around(
-        gaussfit.masked_background_single_sources, smaller
-    )
-    fitting.multigauss_background = around(fitting.multigauss_background, smaller)
 
 
 def best_of(function: Callable[..., Any]) -> Any:
@@ -192,7 +196,7 @@ class OtherBounds(Parameters):
         if self.peaks and str(name).endswith("amplitude"):
             options.update(min=0.0, max=3 * value)
         if self.sizes and str(name).endswith(("_sx", "_sy", "_sigmax", "_sigmay")):
-            options["max"] = float(config()["photometry"]["aper_sup"]) * beam_pix() / 2.3548
+            options["max"] = float(config()["photometry"]["aper_sup"]) * beam_sigma()
             value = min(value, options["max"])
         super().add(name, value, **options)
 
@@ -204,10 +208,12 @@ def other_bounds(name: str) -> None:
 
 
 def wide_peaks() -> None:
+    """Peaks may be as low as 0, in the fit and where a source is taken out of the model."""
     other_bounds("peaks")
 
 
 def bounded_sizes() -> None:
+    """Sizes stay below `aper_sup` beams."""
     other_bounds("sizes")
 
 
@@ -276,7 +282,7 @@ def without_neighbours() -> None:
         image = given["image"].copy()
         for row in np.flatnonzero(distance > 2.0):
             near = np.hypot(x[row] - own_x, y[row] - own_y).min()
-            if near < 12 * beam_pix():
+            if near < NEAR_FWHM * config()["beam_pix"]:
                 image -= gaussian(known[row], x[row], y[row], struct["pix_dim"], image.shape)
         given["image"] = image
 
@@ -295,42 +301,38 @@ def gaussian(row: Any, x: float, y: float, scale: float, shape: tuple[int, int])
 
 
 AMENDMENTS: Mapping[str, Callable[[], None]] = {
+    "noise": filtered_noise,
     "threshold": filtered_threshold,
     "positions": filtered_positions,
     "mask": whole_mask,
     "filling": no_filling,
-    "clipping": no_clipping,
     "selection": same_pixels,
     "peaks": wide_peaks,
     "sizes": bounded_sizes,
     "groups": wide_groups,
     "filter": wide_filter,
-    "boxes": near_boxes,
     "weights": modelled_weights,
     "circle": same_circle,
     "number": own_pixels,
     "neighbours": without_neighbours,
 }
 
-_CONFIG: dict[str, Any] = {}
-
-
-def config() -> dict[str, Any]:
-    return _CONFIG
-
-
-def beam_pix() -> float:
-    return float(config()["beam_pix"])
-
 
 def main() -> None:
-    import yaml
-
-    path, *names = sys.argv[1:]
-    _CONFIG.update(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    for name in names:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--beam-pix", type=float, required=True, help="FWHM of the beam, pixels")
+    parser.add_argument("--known", type=Path, help="catalogue of an earlier run, for neighbours")
+    parser.add_argument("--change", nargs="*", choices=AMENDMENTS, default=[])
+    options = parser.parse_args()
+    config().update(yaml.safe_load(options.config.read_text(encoding="utf-8")))
+    side = int(options.beam_pix) ** 2
+    config().update(beam_pix=options.beam_pix, known=options.known, filter_side=side - 1 + side % 2)
+    for name in options.change:
         AMENDMENTS[name]()
-    hyper.start_hyper(path)
+    hyper.start_hyper(str(options.config))
 
 
 if __name__ == "__main__":
