@@ -386,3 +386,22 @@ def test_more_problems_than_a_block() -> None:
     many = GroupBatch(*(np.concatenate([leaf] * 90) for leaf in batch))  # 1080 > 2 * 512
     one, all_of_them = fit_groups(batch), fit_groups(many)
     assert_allclose(all_of_them.params, np.concatenate([one.params] * 90), rtol=1e-9, atol=1e-9)
+
+
+def test_errors_of_sources_that_end_round_are_those_of_a_round_one() -> None:
+    """Narrower than the least size: both end on it, a few of them up to their rounding only."""
+    batch, truth = make_batch(64, seed=4)
+    for group, sources in enumerate(truth):
+        own = sources[batch.present[group]].copy()
+        own[:, MAJOR], own[:, MINOR] = 0.8 * SIGMA, 0.6 * SIGMA
+        batch.data[group] = image_of(own)
+    result = fit_groups(batch, FitOptions())
+    there = batch.present
+    assert_allclose(result.params[there][:, MAJOR], SIGMA, rtol=1e-9)
+    assert_allclose(result.params[there][:, MINOR], SIGMA, rtol=1e-9)
+    for group, slot in zip(*np.nonzero(there), strict=True):
+        own = slice(6 * slot + MAJOR, 6 * slot + THETA + 1)
+        covariance = result.covariance[group, own, own]
+        variance = np.diag(covariance)
+        assert abs(covariance[0, 1]) < 0.9 * np.sqrt(variance[0] * variance[1])
+        assert np.sqrt(variance[2]) > 100  # rad
