@@ -388,20 +388,20 @@ def test_more_problems_than_a_block() -> None:
     assert_allclose(all_of_them.params, np.concatenate([one.params] * 90), rtol=1e-9, atol=1e-9)
 
 
-def test_errors_of_sources_that_end_round_are_those_of_a_round_one() -> None:
-    """Narrower than the least size: both end on it, a few of them up to their rounding only."""
-    batch, truth = make_batch(64, seed=4)
+def test_errors_of_sources_that_end_all_but_round_are_those_of_round_ones() -> None:
+    """A fit of round sources without noise ends within 1e-6 of round, rarely at it."""
+    batch, truth = make_batch(16, seed=4)
     for group, sources in enumerate(truth):
         own = sources[batch.present[group]].copy()
-        own[:, MAJOR], own[:, MINOR] = 0.8 * SIGMA, 0.6 * SIGMA
+        own[:, MAJOR:THETA] = 1.4 * SIGMA
         batch.data[group] = image_of(own)
+    batch.start[batch.present, MAJOR:] = [1.6 * SIGMA, 1.3 * SIGMA, 0.3]
     result = fit_groups(batch, FitOptions())
-    there = batch.present
-    assert_allclose(result.params[there][:, MAJOR], SIGMA, rtol=1e-9)
-    assert_allclose(result.params[there][:, MINOR], SIGMA, rtol=1e-9)
-    for group, slot in zip(*np.nonzero(there), strict=True):
+    params = result.params[batch.present]
+    assert_allclose(params[:, MAJOR], params[:, MINOR], rtol=1e-6)
+    for group, slot in zip(*np.nonzero(batch.present), strict=True):
         own = slice(6 * slot + MAJOR, 6 * slot + THETA + 1)
         covariance = result.covariance[group, own, own]
-        variance = np.diag(covariance)
-        assert abs(covariance[0, 1]) < 0.9 * np.sqrt(variance[0] * variance[1])
-        assert np.sqrt(variance[2]) > 100  # rad
+        major, minor, theta = np.sqrt(np.diag(covariance))
+        assert abs(covariance[0, 1]) < 0.9 * major * minor
+        assert theta > 100  # rad
