@@ -23,6 +23,7 @@ from hyperjax.maps import (
     sky_ellipse,
 )
 from hyperjax.photometry import model_flux, quadratic_form, standard_deviation
+from hyperjax.sources import LEAST_ELLIPTICITY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -500,7 +501,8 @@ def _shape_derivatives(fits: SourceFits) -> NDArray[np.float64]:
     along, across = _axis_projectors(fits.theta)
     cos, sin = np.cos(2 * fits.theta), np.sin(2 * fits.theta)
     turned = _matrices(-sin, cos, cos, sin)  # derivative of `along` to theta
-    return np.stack([2 * major * along, 2 * minor * across, (major**2 - minor**2) * turned], axis=1)
+    gap = np.maximum(major**2 - minor**2, 2 * LEAST_ELLIPTICITY * minor**2)
+    return np.stack([2 * major * along, 2 * minor * across, gap * turned], axis=1)
 
 
 def _axis_projectors(

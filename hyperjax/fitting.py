@@ -28,6 +28,7 @@ from hyperjax.solver import (
     Solution,
     Tolerances,
 )
+from hyperjax.sources import LEAST_ELLIPTICITY
 from hyperjax.spectral import SpectralGroup
 
 __all__ = [
@@ -550,12 +551,12 @@ def _slopes(grid: Grid, unit: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Derivatives (group, slot, 6, 6) of `_from_engine` (row) by the scaled parameters (column).
 
     The angle of a circular source is undefined: its derivative is that of an axis ratio of
-    1 + 1e-6, which gives a huge but finite error.
+    1 + LEAST_ELLIPTICITY, which gives a huge but finite error.
     """
     e = _ellipticity(np, source)
-    safe = np.maximum(e, 1e-6)
-    cos = np.where(e > 0, source[..., 4] / safe, 1)
-    sin = np.where(e > 0, source[..., 5] / safe, 0)
+    safe = np.maximum(e, LEAST_ELLIPTICITY)
+    cos = np.where(e > 0, source[..., 4] / _or_one(np, e), 1)
+    sin = np.where(e > 0, source[..., 5] / _or_one(np, e), 0)
     major = grid.half * np.exp(source[..., 3] + e / 2)
     minor = grid.half * np.exp(source[..., 3] - e / 2)
     zero, one = np.zeros_like(e), np.ones_like(e)

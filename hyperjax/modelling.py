@@ -30,7 +30,13 @@ from hyperjax.groups import (
 )
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.noise import Correlation, covariance_of_sums
-from hyperjax.sources import SourceFits, render_sources, stamp_gradients, stamps
+from hyperjax.sources import (
+    LEAST_ELLIPTICITY,
+    SourceFits,
+    render_sources,
+    stamp_gradients,
+    stamps,
+)
 from hyperjax.weights import Sources, pixel_weights
 
 logger = logging.getLogger(__name__)
@@ -318,13 +324,15 @@ def with_noise(modelled: Modelled, rms: NDArray[np.float64], correlation: Correl
         Noise of every pixel (ny, nx), Jy/beam, and how that of neighbours is correlated.
     """
     fits, placed = modelled.fits, modelled.placed
+    least = (1 + LEAST_ELLIPTICITY) * fits.sigma_minor  # as the covariances of the fits have it
+    drawn = fits._replace(sigma_major=np.maximum(fits.sigma_major, least))
     covariance, blocks = fits.covariance.copy(), []
     for which, weight, narrow in modelled.blocks:
         row, slot, source = members_of(placed, which)
         finite, wide = np.nan_to_num(narrow), np.full_like(narrow, np.nan)
         for some in in_chunks(which):
             noise = np.nan_to_num(cut_out(rms, placed, which[some]))
-            columns = _columns(fits, placed, which[some], narrow.shape[1])
+            columns = _columns(drawn, placed, which[some], narrow.shape[1])
             columns *= (weight[some] * noise)[:, None]
             wide[some] = finite[some] @ covariance_of_sums(columns, correlation) @ finite[some]
         wide = np.where(np.isfinite(narrow), wide, np.nan)

@@ -320,6 +320,15 @@ def test_the_angle_of_a_round_source_is_unknown() -> None:
     assert_allclose(errors[2], np.rad2deg(0.04), rtol=1e-5)
 
 
+def test_so_is_that_of_a_source_that_only_the_map_stretches() -> None:
+    """Off the centre the projection does so by 1e-6, along an axis of the source, for once."""
+    field = make_map()
+    fits = make_fits(3, sigma_major=2 + np.array([0, 1e-15, 1e-9]), sigma_minor=np.full(3, 2.0))
+    fits.x[:], fits.y[:], fits.theta[:] = 60.0, 2000.0, 0.0
+    fits.covariance[:, 5, 5] = (0.05 / 2e-6) ** 2  # of an ellipticity of 0 +- 0.05
+    assert_allclose(catalog_of(fits, field)["PA_ERR"].to_value("deg"), 90 / np.sqrt(3))
+
+
 def test_without_covariance_only_the_errors_are_missing() -> None:
     fits = make_fits(2)
     fits.covariance[0] = np.nan

@@ -386,3 +386,22 @@ def test_more_problems_than_a_block() -> None:
     many = GroupBatch(*(np.concatenate([leaf] * 90) for leaf in batch))  # 1080 > 2 * 512
     one, all_of_them = fit_groups(batch), fit_groups(many)
     assert_allclose(all_of_them.params, np.concatenate([one.params] * 90), rtol=1e-9, atol=1e-9)
+
+
+def test_errors_of_sources_that_end_all_but_round_are_those_of_round_ones() -> None:
+    """A fit of round sources without noise ends within 1e-6 of round, rarely at it."""
+    batch, truth = make_batch(16, seed=4)
+    for group, sources in enumerate(truth):
+        own = sources[batch.present[group]].copy()
+        own[:, MAJOR:THETA] = 1.4 * SIGMA
+        batch.data[group] = image_of(own)
+    batch.start[batch.present, MAJOR:] = [1.6 * SIGMA, 1.3 * SIGMA, 0.3]
+    result = fit_groups(batch, FitOptions())
+    params = result.params[batch.present]
+    assert_allclose(params[:, MAJOR], params[:, MINOR], rtol=1e-6)
+    for group, slot in zip(*np.nonzero(batch.present), strict=True):
+        own = slice(6 * slot + MAJOR, 6 * slot + THETA + 1)
+        covariance = result.covariance[group, own, own]
+        major, minor, theta = np.sqrt(np.diag(covariance))
+        assert abs(covariance[0, 1]) < 0.9 * major * minor
+        assert theta > 100  # rad
