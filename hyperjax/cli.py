@@ -5,6 +5,7 @@ Results go to the standard output; progress, log and errors go to the standard e
 """
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -34,6 +35,7 @@ DEFAULT_OUTPUT = "hyperjax_out"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"  # read where numpy is imported
 _WIDE = 1000  # characters of a line off a terminal, which nothing is folded to fit
 _GARBAGE_THRESHOLDS = 50_000, 20, 50  # of new objects, and of collections of the younger ones
 
@@ -49,7 +51,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; linear algebra on one thread, as its others would only wait for work."""
+    for variable in _BLAS_THREADS:
+        os.environ.setdefault(variable, "1")
     app(prog_name="hyperjax")
 
 

@@ -33,9 +33,8 @@ def fit_threads(devices: int) -> int:
 def configure_runtime(threads: int | None = None, cache: Path | None = None) -> None:
     """Set jax up for a process of its own; best before the first computation.
 
-    One process uses all cores: fits are divided over threads, each of which computes on its own
-    (the environment variable NPROC, if it is set, says how many threads XLA divides one computation
-    over besides). Memory that is freed stays with the process.
+    One process uses all cores: fits are divided over threads, and XLA's own pool gets as many (the
+    environment variable NPROC, unless it is set). Memory that is freed stays with the process.
 
     Parameters
     ----------
@@ -54,7 +53,7 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         cache or Path(user_cache_dir("hyperjax")) / "jax"
     )
-    os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("NPROC", str(threads or usable_cores()))
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
