@@ -51,7 +51,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; linear algebra on one thread, as its others would only wait for work."""
+    """Run the command line, with linear algebra on one thread: others would wait for work."""
     for variable in _BLAS_THREADS:
         os.environ.setdefault(variable, "1")
     app(prog_name="hyperjax")
