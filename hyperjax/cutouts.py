@@ -40,7 +40,7 @@ KINDS = tuple(PANELS)
 
 _MEANING = {
     "DATA": "the map",
-    "FITTED": "the pixels that were fitted, without the sources of other groups",
+    "FITTED": "the pixels near the sources, without those of other groups",
     "DEBLENDED": "the map without background and without all other sources",
     "MASKED": "the map, sources masked",
     "MODEL": "the sources that were fitted, on their background",

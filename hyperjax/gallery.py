@@ -49,7 +49,7 @@ _SHARED = {
 """The panel whose stretch each panel has: those that should look alike share one."""
 _TITLES = {
     "DATA": "Map",
-    "FITTED": "Fitted pixels",
+    "FITTED": "Pixels near the sources",
     "DEBLENDED": "Deblended",
     "MASKED": "Sources masked",
     "MODEL": "Model",
