@@ -22,8 +22,8 @@ from hyperjax.maps import (
     sky_covariance,
     sky_ellipse,
 )
+from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.photometry import model_flux, quadratic_form, standard_deviation
-from hyperjax.sources import LEAST_ELLIPTICITY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 MAX_AXIS_RATIO = 3.0
 """Above this ratio of the fitted axes (in pixels) a source is flagged ELONGATED."""
+
+POOR_CHI2 = 2.0
+"""Reduced chi^2 above which what a fit leaves is not noise."""
 
 
 class FLAGS(IntFlag):
@@ -84,8 +87,8 @@ class FLAGS(IntFlag):
     )
     POOR_FIT = (
         524288,
-        "what the fit in correlated noise leaves is far more than noise (reduced chi^2 above 2): "
-        "no Gaussian, or more sources than it was taken for",
+        "the fit leaves far more than noise (reduced chi^2 above 2), or that of a source that it "
+        "touches: no Gaussian, or not as many sources as it was taken for",
     )
 
 
@@ -522,6 +525,16 @@ def _matrices(
 ) -> NDArray[np.float64]:
     """Build n 2x2 matrices from their elements: (n, 2, 2)."""
     return np.stack([np.stack([xx, xy], axis=-1), np.stack([yx, yy], axis=-1)], axis=-2)
+
+
+def with_poor_fits(fits: SourceFits) -> SourceFits:
+    """Flag the sources whose fit leaves more than noise, and those that they touch."""
+    out = fits.chi2_red > POOR_CHI2
+    reach = FWHM_PER_SIGMA * fits.sigma_major
+    for poor in np.flatnonzero(out):
+        away = np.hypot(fits.x - fits.x[poor], fits.y - fits.y[poor])
+        out = out | (away < reach + reach[poor])
+    return fits._replace(flags=fits.flags | _bits(out, FLAGS.POOR_FIT))
 
 
 def _all_flags(shape: tuple[int, int], fits: SourceFits, apertures: Apertures) -> NDArray[np.int_]:

@@ -641,7 +641,7 @@ class Noise(_Section):
     rms_kind: Literal["rms", "variance", "weight"] = Field(
         default="rms",
         description="What the image of the noise holds. rms: its standard deviation. variance: "
-        "the square of that, in the square of the map's unit. weight: what the inverse variance "
+        "the square of that, in the square of such a unit. weight: what the inverse variance "
         "is proportional to, such as the coverage or the time of integration, in any unit; pixels "
         "of weight 0 are not used, and one factor comes from the map itself.",
     )
@@ -657,7 +657,7 @@ class FitsOutput(_Section):
 
     fits_fitting: bool = Field(
         default=False,
-        description="Write, for each group, the data, the pixels that were fitted, the model and "
+        description="Write, for each group, the data, the pixels near the sources, the model and "
         "the residual.",
     )
     fits_deblended: bool = Field(
@@ -771,8 +771,20 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _one_noise(self) -> "Config":
-        if self.noise.is_given and self.detection.use_manual_rms:
-            key = "rms_map" if self.noise.rms_map is not None else "rms_hdu"
+        if not self.noise.is_given:
+            if self.noise.rms_kind != "rms":
+                raise ValueError(
+                    f"noise.rms_kind = {shown(self.noise.rms_kind)}: there is no image of the "
+                    "noise; give one as noise.rms_map or noise.rms_hdu"
+                )
+            return self
+        key = "rms_map" if self.noise.rms_map is not None else "rms_hdu"
+        if self.control.datacube:
+            raise ValueError(
+                f"noise.{key} = {shown(getattr(self.noise, key))}: does not go with "
+                "control.datacube = True; leave it out, and the noise of each channel is measured"
+            )
+        if self.detection.use_manual_rms:
             raise ValueError(
                 f"noise.{key} = {shown(getattr(self.noise, key))}: does not go with "
                 "detection.use_manual_rms = True; give one of them"

@@ -18,7 +18,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_on
-from hyperjax.models import LOSSES, SHAPE, GaussianGroup, Grid, Model, Problem, Scale, monomials
+from hyperjax.models import (
+    LEAST_ELLIPTICITY,
+    LOSSES,
+    SHAPE,
+    GaussianGroup,
+    Grid,
+    Model,
+    Problem,
+    Scale,
+    monomials,
+)
 from hyperjax.runtime import fit_threads
 from hyperjax.solver import (
     CONVERGED,
@@ -28,7 +38,6 @@ from hyperjax.solver import (
     Solution,
     Tolerances,
 )
-from hyperjax.sources import LEAST_ELLIPTICITY
 from hyperjax.spectral import SpectralGroup
 
 __all__ = [
@@ -48,7 +57,7 @@ PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 
 _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients at 0
 _BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
-_BLOCK_BYTES = 256_000_000  # of their data and weights, at most
+_BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _LEAST_SHARE = 128  # problems of a thread: fewer leave too many lanes empty
 _LANES = 32  # of a core, at most
@@ -273,7 +282,8 @@ def solve_block(
 def block_sizes(model: Model, dtype: Any) -> list[int]:
     """Numbers of problems that are solved in one call: few, so that there are few programs."""
     ny, nx = model.grid.shape
-    most = max(_BLOCK_BYTES // (2 * ny * nx * np.dtype(dtype).itemsize), 1)
+    room = _BLOCK_BYTES // fit_threads(len(jax.local_devices()))
+    most = max(room // (2 * ny * nx * np.dtype(dtype).itemsize), 1)
     wanted = _BLOCKS if jax.default_backend() == "cpu" else _DEVICE_BLOCKS
     return sorted({min(size, 2 ** int(np.log2(most))) for size in wanted})
 

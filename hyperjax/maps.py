@@ -757,7 +757,7 @@ def blank_zeros(data: FloatArray) -> NDArray[np.bool_]:
 def read_noise(
     path: str | os.PathLike[str], like: Map, hdu: int | str | None = None, kind: str = "rms"
 ) -> FloatArray:
-    """Read an image of the noise of a map: its standard deviation, NaN where it is blank.
+    """Read an image of the noise of a map: its standard deviation, NaN where either is blank.
 
     Parameters
     ----------
@@ -769,8 +769,8 @@ def read_noise(
         Number (0 is the primary) or name of the HDU; the first with an image if not given.
     kind : str
         What the image holds: "rms", in any unit that `like` could have, or without one in that of
-        `like`; "variance", in the square of the unit of `like`; or "weight", which the inverse
-        variance is proportional to, where 0 is blank.
+        `like`; "variance", in the square of such a unit; or "weight", which the inverse variance
+        is proportional to, where 0 is blank.
 
     Returns
     -------
@@ -790,9 +790,16 @@ def read_noise(
         header, wcs, data = _read_image(path, hdu, constant=True)
         celestial, _ = _celestial(wcs, data.shape, path)
         _refuse_other_grid(path, celestial, data.shape, like)
+        data[~np.isfinite(like.data)] = np.nan
         if kind == "weight":
             data[data == 0] = np.nan
-        wrong = np.isfinite(like.data) & (data <= 0)
+        seen = np.isfinite(data)
+        if not seen.any():
+            raise RmsMapError(
+                f"{path}: the {kind} map of the noise is blank wherever the map has data; give one "
+                "of this map"
+            )
+        wrong = data <= 0
         if wrong.any():
             of_zero = "negative" if kind == "weight" else "zero or negative"
             raise RmsMapError(
@@ -800,18 +807,28 @@ def read_noise(
                 "the map has data; give positive values, or NaN where the map is not to be used"
             )
         if kind == "weight":
-            seen = np.isfinite(like.data) & np.isfinite(data)
-            if not seen.any():
-                raise RmsMapError(f"{path}: the weight map is zero or blank all over the map")
-            return np.asarray(np.sqrt(np.median(data[seen]) / np.where(data > 0, data, np.nan)))
-        if kind == "variance":
-            return np.asarray(np.sqrt(np.where(data > 0, data, np.nan)) / like.native_per_jy_beam)
+            return np.asarray(np.sqrt(np.median(data[seen]) / data))
         given = None if header.get("BUNIT") else like.unit.to_string()
+        if kind == "variance":
+            data = np.sqrt(data)
+            given = given or _root_of_unit(header, path)
         unit = _unit(header, path, given)
         if unit == like.unit:
             return data / like.native_per_jy_beam
         frequency = _frequency(header, wcs, path, None) if unit.is_equivalent(u.K) else None
         return data / _native_per_jy_beam(unit, like.beam, like.wcs, data.shape, frequency)
+
+
+def _root_of_unit(header: fits.Header, path: Path) -> str:
+    """The unit whose square a map of variances is in."""
+    text = str(header["BUNIT"])
+    try:
+        return str((u.Unit(text) ** 0.5).to_string())
+    except ValueError:
+        raise RmsMapError(
+            f"{path}: the unit {text.strip()!r} of the variances is unknown; give the square of a "
+            "unit of brightness as BUNIT, such as Jy2/beam2, or none for that of the map's"
+        ) from None
 
 
 def _refuse_other_grid(path: Path, wcs: WCS, shape: tuple[int, ...], like: Map) -> None:

@@ -29,9 +29,9 @@ from hyperjax.groups import (
     within_reach,
 )
 from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.noise import Correlation, covariance_of_sums
 from hyperjax.sources import (
-    LEAST_ELLIPTICITY,
     SourceFits,
     render_sources,
     stamp_gradients,

@@ -27,6 +27,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 LOSSES = ("linear", "soft_l1", "huber", "cauchy")
 SHAPE = 6
+
+LEAST_ELLIPTICITY = 1e-6
+"""log(sigma_major / sigma_minor) below which the errors of a source are those of this one.
+
+The angle of a round source is undefined; its error is huge then, but finite.
+"""
 """Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
 
 

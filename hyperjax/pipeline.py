@@ -11,7 +11,7 @@ from astropy.table import QTable
 from numpy.typing import NDArray
 
 from hyperjax.background import mosaic
-from hyperjax.catalog import build_catalog
+from hyperjax.catalog import build_catalog, with_poor_fits
 from hyperjax.config import Config
 from hyperjax.covariance import GroupCovariance, block_covariances, group_covariances
 from hyperjax.detection import (
@@ -123,6 +123,8 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     placed = None if given is None else place(given, map)
     measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
     fits, found = measured.fits, measured.found
+    if measured.noise_model == "correlated" or _is_weighed_by_noise(config):
+        fits = with_poor_fits(fits)
     with timed(seconds, "photometry", map.name):
         order = np.argsort(-found.snr, kind="stable")
         shapes = None
@@ -190,6 +192,12 @@ class _Measured:
     noise_model: str
     covariances: Callable[[NDArray[np.int_]], list[GroupCovariance] | None]
     separate: NDArray[np.float64] | None = None
+
+
+def _is_weighed_by_noise(config: Config) -> bool:
+    """Whether the chi^2 of fits of pixels is in units of the noise."""
+    options = config.fit_options
+    return options.loss == "linear" and options.weights in ("null", "inverse_rms")
 
 
 def _summary(measured: _Measured, count: int, seconds: dict[str, float]) -> str:
@@ -397,11 +405,9 @@ def _noise_is_known(map: Map, config: Config) -> bool:
     return by_map or config.detection.use_manual_rms
 
 
-def _variation(map: Map) -> NDArray[np.float64]:
+def _variation(map: Map) -> NDArray[np.float64] | float:
     """The noise of every pixel in units of the typical noise: 1 where it was not given."""
-    if map.rms is None:
-        return np.ones(map.shape)
-    return map.rms / float(np.nanmedian(map.rms))
+    return 1.0 if map.rms is None else map.rms / float(np.nanmedian(map.rms))
 
 
 def _noise_map(map: Map, rms: float) -> NDArray[np.float64]:
@@ -411,7 +417,8 @@ def _noise_map(map: Map, rms: float) -> NDArray[np.float64]:
 
 def _relative_noise(map: Map, found: Detections) -> NDArray[np.float64]:
     """Noise at each source (n,) in units of the typical noise."""
-    return nearest_values(_variation(map), np.nan_to_num(found.x), np.nan_to_num(found.y))
+    variation = np.broadcast_to(_variation(map), map.shape)
+    return nearest_values(variation, np.nan_to_num(found.x), np.nan_to_num(found.y))
 
 
 def _detect(map: Map, filtered: NDArray[np.float64], scatter: float, config: Config) -> Detections:

@@ -1,11 +1,8 @@
 """How a process uses its machine."""
 
 import ctypes
-import logging
 import os
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 _threads: int | None = None  # that fit, where that was configured
 
@@ -39,7 +36,7 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
     Parameters
     ----------
     threads
-        Threads that fit, one per core unless given.
+        Threads that fit on processors; as before unless given, at first one per core.
     cache
         Folder of the persistent compilation cache; `hyperjax` in the user's cache folder unless
         given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.
@@ -48,7 +45,7 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
     from platformdirs import user_cache_dir
 
     global _threads
-    _threads = threads
+    _threads = threads or _threads
     _keep_memory()
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         cache or Path(user_cache_dir("hyperjax")) / "jax"

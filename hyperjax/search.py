@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from hyperjax.catalog import POOR_CHI2
 from hyperjax.deblending import (
     LEAST_SNR_SQUARED,
     NEAR_FWHM,
@@ -26,7 +27,6 @@ from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.spectrum import matched
 from hyperjax.whitened import (
-    POOR_CHI2,
     ROUGH,
     Field,
     Noise,
@@ -108,10 +108,10 @@ def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.b
 
 
 def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
-    """Whether a source (n,) is as large as it may be, and holds a brighter one.
+    """Whether a source (n,) is as large as it may be, and part of what a brighter one leaves.
 
-    That is what the first look at the noise makes of the surroundings of very bright sources. Or it
-    touches a brighter one that is far from a Gaussian.
+    It holds the brighter one: the first look at the noise makes that of the surroundings of very
+    bright sources. Or it touches one that is far from a Gaussian.
     """
     out = np.zeros(len(fits.x), bool)
     large = np.flatnonzero(fits.sigma_major >= ON_BOUND * field.largest_pix)

@@ -10,12 +10,6 @@ from hyperjax.groups import overlap, pixel_offsets
 Floats = NDArray[np.float64] | float
 """A number, or an array of them."""
 
-LEAST_ELLIPTICITY = 1e-6
-"""log(sigma_major / sigma_minor) below which the errors of a source are those of this one.
-
-The angle of a round source is undefined; its error is huge then, but finite.
-"""
-
 _REACH = 6.0
 """How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
 

@@ -111,8 +111,7 @@ def measure_spectrum(
     hann = hann[:, None] * hann
     full = np.sum(hann**2)
     powers, shares = [], []
-    corners = [(y, x) for y in _starts(image.shape[0], side) for x in _starts(image.shape[1], side)]
-    for y, x in corners[:: -(-len(corners) // _MOST_SEGMENTS)]:
+    for y, x in _segments(valid, side):
         part = slice(y, y + side), slice(x, x + side)
         taper = np.where(valid[part], hann, 0.0)
         share = np.sum(taper**2)
@@ -153,6 +152,18 @@ def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> 
     noise = strength <= most
     total = np.sum(noise[:, octave] * powers, axis=0)
     return np.asarray(total / (shares @ noise)[octave])
+
+
+def _segments(valid: NDArray[np.bool_], side: int) -> list[tuple[int, int]]:
+    """First pixels (y, x) of segments that are not blank for the most part: any, if too many."""
+    corners = [
+        (y, x)
+        for y in _starts(valid.shape[0], side)
+        for x in _starts(valid.shape[1], side)
+        if valid[y : y + side, x : x + side].mean() > _FILLED / 2
+    ]
+    some = np.random.default_rng(0).permutation(len(corners))[:_MOST_SEGMENTS]
+    return [corners[index] for index in np.sort(some)]
 
 
 def _starts(length: int, side: int) -> NDArray[np.int_]:

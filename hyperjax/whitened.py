@@ -41,9 +41,6 @@ ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
-POOR_CHI2 = 2.0
-"""Reduced chi^2 from which what a fit leaves is no noise."""
-
 _LINK_FWHM = 1.5  # sources that are closer are fitted jointly
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
@@ -560,7 +557,6 @@ def _store(
     fits.status[source] = np.where(result.status[row] == CONVERGED, 1, 0)
     fits.flags[source] = FLAGS.on_bound(result.on_bound[row, slot])
     fits.flags[source] |= FLAGS.STEP_LIMIT * (result.status[row] == STEP_LIMIT)
-    fits.flags[source] |= FLAGS.POOR_FIT * (result.chi2_red[row] > POOR_CHI2)
     members = [placed.members[block] for block in which]
     return [
         (block, matrix[: 6 * len(block), : 6 * len(block)])

@@ -168,7 +168,9 @@ def test_units_are_converted(
 def test_variances_and_weights_are_noise(kind: str, power: float, sky: Sky) -> None:
     """In another unit: weights have none, and variances that of the map, squared."""
     image = replace(sky.image, native_per_jy_beam=1e3)
-    path = write(sky.folder / f"{kind}.fits", (1e3 * NOISE) ** power, sky.simulated.header)
+    header = sky.simulated.header.copy()
+    del header["BUNIT"]
+    path = write(sky.folder / f"{kind}.fits", (1e3 * NOISE) ** power, header)
     found = read_noise(path, image, kind=kind)
     factor = 1.0 if kind == "variance" else np.median(NOISE) / np.median(found)
     assert_allclose(factor * found, NOISE, rtol=1e-6)
@@ -204,6 +206,40 @@ def test_the_noise_in_an_extension_of_the_map(sky: Sky) -> None:
         extract(read_map(path), config_from_dict({"noise": {"rms_hdu": "NOTHERE"}}))
     with pytest.raises(ConfigError, match="comes from no file"):
         extract(replace(sky.image, path=None), config)
+
+
+@pytest.mark.parametrize("filling", [0.0, -1.0])
+@pytest.mark.parametrize("model", ["auto", "white"])
+def test_what_the_noise_is_where_the_map_is_blank_does_not_matter(
+    filling: float, model: str, sky: Sky
+) -> None:
+    blank = np.arange(SHAPE[1]) < 190
+    image = replace(sky.image, data=np.where(blank, np.nan, sky.image.data))
+    path = write(sky.folder / "f.fits", np.where(blank, filling, NOISE), sky.simulated.header)
+    rows = extract(image, with_noise(path, model)).catalog
+    there = extract(image, with_noise(sky.folder / "rms.fits", model)).catalog
+    assert len(rows) == len(there) > 20
+    assert_allclose(rows["FLUX_TOTAL"].value, there["FLUX_TOTAL"].value, rtol=1e-9)
+
+
+def test_variances_have_units(sky: Sky) -> None:
+    header = sky.simulated.header.copy()
+    header["BUNIT"] = "mJy2/beam2"
+    path = write(sky.folder / "v.fits", (1e3 * NOISE) ** 2, header)
+    assert_allclose(read_noise(path, sky.image, kind="variance"), NOISE, rtol=1e-6)
+    header["BUNIT"] = "m/s"
+    path = write(sky.folder / "v.fits", NOISE**2, header)
+    with pytest.raises(HyperjaxError, match="brightness"):
+        read_noise(path, sky.image, kind="variance")
+
+
+def test_an_image_of_the_noise_that_cannot_be_used_is_refused() -> None:
+    for noise, control, words in (
+        ({"rms_kind": "weight"}, {}, "there is no image"),
+        ({"rms_hdu": 1}, {"datacube": True}, "does not go with control.datacube"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config_from_dict({"noise": noise, "control": control})
 
 
 def test_one_value_everywhere_is_a_noise(sky: Sky) -> None:

@@ -155,3 +155,14 @@ def test_more_segments_than_are_counted_give_the_same_spectrum(
     monkeypatch.setattr("hyperjax.spectrum._MOST_SEGMENTS", 40)
     few = spectrum_of(image)
     assert np.median(few.power / clean.power) == pytest.approx(1, abs=0.02)
+    assert not np.array_equal(few.power, clean.power)
+
+
+def test_an_island_in_a_blank_map_has_a_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperjax.spectrum._MOST_SEGMENTS", 20)
+    valid = np.zeros((1200, 1200), bool)
+    valid[700:1000, 300:640] = True
+    image = np.zeros(valid.shape)
+    image[valid] = coloured(7).ravel()
+    alone = spectrum_of(coloured(7))
+    assert np.median(spectrum_of(image, valid).power / alone.power) == pytest.approx(1, abs=0.1)
