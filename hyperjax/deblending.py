@@ -14,6 +14,7 @@ from scipy.spatial import KDTree
 
 from hyperjax.fitting import CONVERGED, FitResult
 from hyperjax.groups import Windows, block_of, members_of
+from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
@@ -100,8 +101,8 @@ def better_blocks(
     """Put the best alternative of every block in its place, where it is better by enough.
 
     One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
-    Bayesian information criterion), and what sources leave that are no Gaussians, which is more
-    where one of them is extended. Where fewer sources lose less than that, they are put in place.
+    Bayesian information criterion), and what sources beside it leave that are no Gaussians, which
+    is more where they are extended. Where fewer sources lose less than that, they are put in place.
 
     Parameters
     ----------
@@ -119,7 +120,8 @@ def better_blocks(
     which = np.arange(len(placed.members))
     own = members_of(placed, which)
     sources = np.split(in_windows(fits, noise, placed, which), np.flatnonzero(own.slot == 0)[1:])
-    options = list(_alternatives(field, noise, fits, settled, placed, peaks, sources))
+    strength = significance(fits)
+    options = list(_alternatives(field, noise, fits, strength, settled, placed, peaks, sources))
     tried = np.unique([option.block for option in options]).astype(int)
     present = [_Alternative(int(block), sources[block]) for block in tried]
     trial = _tried(field, noise, white, fits, placed, [*present, *options])
@@ -130,11 +132,14 @@ def better_blocks(
         block, result = option.block, trial.sources[place]
         cost, power = before[block]
         more = len(option.sources) - len(sources[block])
-        fewer = sources[block] if more > 0 else option.sources if result is None else result
+        single = option.sources if result is None else result
+        left = _leavings(
+            field, sources[block], strength[placed.members[block]], option, single, power - 2 * cost
+        )
         parameters = field.config.detection.sigma_thres**2 + _PARAMETERS * np.log(
             int(placed.side[block]) ** 2
         )
-        worth = abs(more) * parameters + _mismatch(field, fewer) ** 2 * (power - 2 * cost)
+        worth = abs(more) * parameters + left
         gain = 2 * (cost - trial.cost[place]) - np.sign(more) * worth
         near[block] |= gain > -worth / 2
         if result is not None and gain > best.get(block, (0.0,))[0]:
@@ -142,9 +147,29 @@ def better_blocks(
     return _replaced(fits, noise, placed, best, near)
 
 
-def _mismatch(field: Field, sources: NDArray[np.float64]) -> float:
-    """What sources (k, 6) leave where they are no Gaussians, as a part of them."""
-    return float(np.max(non_gaussian(field, sources[:, 4])))
+def _leavings(
+    field: Field,
+    present: NDArray[np.float64],
+    strength: NDArray[np.float64],
+    option: _Alternative,
+    single: NDArray[np.float64],
+    power: float,
+) -> float:
+    """Chi^2 that the fewer sources may leave near what an alternative changes, as no Gaussians.
+
+    Of the `present` sources (k, 6) of the signal-to-noise ratio `strength`, those of them that
+    stay; or of the `single` one in the place of all, which has the `power` of the block.
+    """
+    same = (present[:, None] == option.sources).all(axis=2)
+    stays = same.any(axis=1)
+    if len(option.sources) < len(present) and not stays.any():
+        return float(np.max(non_gaussian(field, single[:, 4])) ** 2 * power)
+    rows = stays | (len(option.sources) > len(present))
+    changed = np.vstack([present[~stays], option.sources[~same.any(axis=0)]])[:, 1:3]
+    away = np.linalg.norm(present[rows, None, 1:3] - changed, axis=2).min(axis=1)
+    near = away <= FWHM_PER_SIGMA * present[rows, 3] + field.fwhm_pix
+    left = non_gaussian(field, present[rows, 4]) * strength[rows]
+    return float(np.sum(left[near] ** 2))
 
 
 def non_gaussian(field: Field, sigma_minor: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -157,13 +182,13 @@ def _alternatives(
     field: Field,
     noise: Noise,
     fits: SourceFits,
+    strength: NDArray[np.float64],
     settled: NDArray[np.bool_],
     placed: Windows,
     peaks: Peaks,
     sources: list[NDArray[np.float64]],
 ) -> Iterable[_Alternative]:
     """What else the blocks may hold."""
-    strength = significance(fits)
     distance, nearest = KDTree(np.column_stack([fits.x, fits.y])).query(
         np.column_stack([peaks.x, peaks.y])
     )

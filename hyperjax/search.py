@@ -99,11 +99,13 @@ def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.b
     """Whether the total flux of each source is significant.
 
     An isolated source must reach the threshold; members of a group were compared with what their
-    group is without them.
+    group is without them. Where a fit leaves more than noise, errors count as larger by that.
     """
     flux, error = model_flux(fits)
     ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
     least = np.where(fits.group_size > 1, 0.0, threshold)
+    poor = fits.chi2_red > POOR_CHI2
+    least = np.where(poor, threshold * np.sqrt(np.where(poor, fits.chi2_red, 1)), least)
     return np.asarray((ratio >= least) & (ratio**2 > LEAST_SNR_SQUARED) & ~_is_halo(field, fits))
 
 

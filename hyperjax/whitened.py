@@ -41,9 +41,7 @@ ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
-_LINK_FWHM = (
-    2.0  # sources that are closer are fitted jointly; with 1.5, close pairs ended in wrong fits
-)
+_LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding

@@ -117,6 +117,22 @@ def test_two_sources_closer_than_the_beam_are_told_apart(tmp_path: Path) -> None
     assert (error < 0.25).all()
 
 
+def test_sources_beside_each_other_are_measured_as_well_as_their_errors_say(
+    tmp_path: Path,
+) -> None:
+    """In a map where most sources have a neighbour at 1.5 to 2.5 beams."""
+    options = {"shape": (400, 400), "n_sources": 190, "blend_fraction": 0.6, "seed": 5}
+    map, truth = made(tmp_path, **options)
+    found, true = matched_rows(extract(map), truth)
+    assert len(found) >= 186
+    pulls = u.Quantity((found["FLUX_TOTAL"] - true["FLUX_TOTAL"]) / found["FLUX_TOTAL_ERR"])
+    offset = (positions(found) - positions(true))[:, 0] / found["RA_ERR"].to_value(u.arcsec)
+    for deviation in (pulls.to_value(""), offset):
+        assert np.sum(np.abs(deviation) > 4) <= 3
+        assert 0.75 < mad_std(deviation) < 1.3
+        assert np.std(deviation) < 2
+
+
 def test_one_round_source_stays_one(tmp_path: Path) -> None:
     """At any brightness, of the size of the beam and twice that."""
     places = tuple((40.0 + 55 * i, 40.0 + 55 * j) for i in range(4) for j in range(4))
