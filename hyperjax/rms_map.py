@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from hyperjax.config import Config
-from hyperjax.errors import ConfigError
+from hyperjax.errors import ConfigError, MapError, RmsMapError
 from hyperjax.maps import Map, read_noise
 
 
@@ -31,7 +31,13 @@ def with_rms_map(map: Map, config: Config) -> Map:
     given = config.noise
     if not given.is_given or map.rms is not None:
         return map
-    rms = read_noise(_file_of_noise(map, config), map, given.rms_hdu, given.rms_kind)
+    try:
+        rms = read_noise(_file_of_noise(map, config), map, given.rms_hdu, given.rms_kind)
+    except RmsMapError:
+        raise
+    except MapError as error:
+        where = "noise.rms_map, noise.rms_hdu and noise.rms_kind"
+        raise type(error)(f"{error}; this is the image of the noise, which {where} name") from None
     return replace(map, data=np.where(np.isfinite(rms), map.data, np.nan), rms=rms)
 
 
