@@ -3,8 +3,8 @@
 Every tool has the same threshold, estimates background and noise itself, and has its defaults or
 what its documentation recommends elsewhere (`comparison_tools.py`). The tools get the map in
 Jy/beam with the beam in its header; hyperjax and hyper_py read it as it is. Each run is a process
-of its own; its processor time is user plus system time with all subprocesses. All but hyperjax run
-with linear algebra on one thread, as in `whole_map.py`. hyperjax runs twice: what counts is the
+of its own; its processor time is user plus system time with all subprocesses. All run with
+linear algebra on one thread, as in `whole_map.py`. hyperjax runs twice: what counts is the
 second, with the compilation cache of the first.
 
 The truth is a table of `hyperjax simulate`, or that of hyper_py's published benchmark
