@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -40,6 +39,7 @@ from whole_map import (
     program,
     run_hyper_py,
     run_hyperjax,
+    scratch_folder,
 )
 
 from hyperjax import Map, read_map, score
@@ -61,13 +61,8 @@ HEADINGS = (
 
 def main() -> None:
     options = parse_options()
-    scratch = options.keep or Path(tempfile.mkdtemp(prefix="comparison_"))
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        print("\n".join(report(options, scratch.resolve())))
-    finally:
-        if not options.keep:
-            shutil.rmtree(scratch)
+    with scratch_folder(options.keep, "comparison_") as scratch:
+        print("\n".join(report(options, scratch)))
 
 
 def parse_options() -> argparse.Namespace:

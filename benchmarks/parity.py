@@ -19,9 +19,7 @@ takes away is what that behaviour explains. For every case it prints
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -40,6 +38,7 @@ from whole_map import (
     installed,
     measured,
     program,
+    scratch_folder,
 )
 
 
@@ -131,13 +130,8 @@ WIDTH = 1.4826  # of a Gaussian over its median absolute deviation
 
 def main() -> None:
     options = parse_options()
-    scratch = options.keep or Path(tempfile.mkdtemp(prefix="parity_"))
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        report(options, scratch.resolve())
-    finally:
-        if not options.keep:
-            shutil.rmtree(scratch)
+    with scratch_folder(options.keep, "parity_") as scratch:
+        report(options, scratch)
 
 
 def parse_options() -> argparse.Namespace:

@@ -29,8 +29,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -90,13 +90,20 @@ def main() -> None:
     """Measure, and print the tables."""
     options = parse_options()
     signal.signal(signal.SIGTERM, exit_at_signal)
-    scratch = options.keep or Path(tempfile.mkdtemp(prefix="whole_map_"))
+    with scratch_folder(options.keep, "whole_map_") as scratch:
+        report(options, scratch)
+
+
+@contextmanager
+def scratch_folder(keep: Path | None, prefix: str) -> Iterator[Path]:
+    """A folder for all products: that which is to be kept, or one that goes away in the end."""
+    folder = keep or Path(tempfile.mkdtemp(prefix=prefix))
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        report(options, scratch.resolve())
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
     finally:
-        if not options.keep:
-            shutil.rmtree(scratch)
+        if not keep:
+            shutil.rmtree(folder)
 
 
 def parse_options() -> argparse.Namespace:

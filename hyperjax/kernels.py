@@ -132,7 +132,7 @@ def _keep(exported: export.Exported, path: Path) -> None:
 
 def _fingerprint(kind: _Kind) -> str:
     """A name for a traced program, which changes with the code, jax and the processor's kind."""
-    told = repr((kind[:-1], str(kind.structure), jax.__version__, jax.default_backend()))
+    told = repr((kind[:-1], jax.__version__, jax.default_backend()))
     return hashlib.sha256(told.encode() + _source()).hexdigest()[:32]
 
 
