@@ -1,8 +1,9 @@
-"""Whether a block of sources is better explained by one source more, or by one less.
+"""Whether a source and its neighbours are better explained by one source more, or by one less.
 
-Alternatives are tried for all blocks at once, on the same windows as the block itself: a source
-cut in two along its major axis; a new source where the residual has a peak; the block without one
-of its sources, or with one in the place of all. What counts is the gain in chi^2.
+Alternatives are tried for the neighbourhoods of all sources at once, each on the same window as
+what is there at present: a source cut in two along its major axis; a new source where the residual
+has a peak; the neighbourhood without its source, or with one in the place of all. What counts is
+the gain in chi^2. What is further away stays as it is, to be fitted anew when the best are in.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
 from hyperjax.fitting import CONVERGED, FitResult
-from hyperjax.groups import Windows, block_of, members_of
+from hyperjax.groups import Windows, members_of
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
@@ -26,6 +27,7 @@ from hyperjax.whitened import (
     in_windows,
     on_map,
     significance,
+    surroundings,
     window_data,
 )
 
@@ -61,7 +63,7 @@ class Peaks(NamedTuple):
 
 
 class _Alternative(NamedTuple):
-    """Another set of sources (k, 6) for a block, in its window."""
+    """Another set of sources (k, 6) for a neighbourhood (block), in its window."""
 
     block: int
     sources: NDArray[np.float64]
@@ -79,7 +81,7 @@ class _Trial(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of the alternatives: the sources, and how many blocks have changed.
+    """What came of the alternatives: the sources, and how many neighbourhoods have changed.
 
     `settled` (n,) are the sources for which nothing came near to being better.
     """
@@ -89,20 +91,20 @@ class Verdict(NamedTuple):
     changed: int
 
 
-def better_blocks(
+def better_sources(
     field: Field,
     noise: Noise,
     white: NDArray[np.float64],
     fits: SourceFits,
     settled: NDArray[np.bool_],
-    placed: Windows,
     peaks: Peaks,
 ) -> Verdict:
-    """Put the best alternative of every block in its place, where it is better by enough.
+    """Put the best alternatives in the places of sources, where they are better by enough.
 
     One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
     Bayesian information criterion), and what sources beside it leave that are no Gaussians, which
     is more where they are extended. Where fewer sources lose less than that, they are put in place.
+    Of alternatives that share sources the best one is.
 
     Parameters
     ----------
@@ -110,18 +112,17 @@ def better_blocks(
         The whitened residual of `fits`.
     settled
         (n,) sources that were tried before, to no avail.
-    placed
-        The blocks of the sources.
     peaks
         Peaks of the residual.
     """
-    if not placed.members:
+    if not len(fits.x):
         return Verdict(fits, settled, 0)
+    placed, own = surroundings(field, fits)
     which = np.arange(len(placed.members))
-    own = members_of(placed, which)
-    sources = np.split(in_windows(fits, noise, placed, which), np.flatnonzero(own.slot == 0)[1:])
+    first = np.flatnonzero(members_of(placed, which).slot == 0)[1:]
+    sources = np.split(in_windows(fits, noise, placed, which), first)
     strength = significance(fits)
-    options = list(_alternatives(field, noise, fits, strength, settled, placed, peaks, sources))
+    options = list(_alternatives(field, noise, fits, strength, settled, placed, own, peaks, sources))
     tried = np.unique([option.block for option in options]).astype(int)
     present = [_Alternative(int(block), sources[block]) for block in tried]
     trial = _tried(field, noise, white, fits, placed, [*present, *options])
@@ -144,7 +145,7 @@ def better_blocks(
         near[block] |= gain > -worth / 2
         if result is not None and gain > best.get(block, (0.0,))[0]:
             best[block] = (gain, result)
-    return _replaced(fits, noise, placed, best, near)
+    return _replaced(fits, ~near[own], placed, best)
 
 
 def _leavings(
@@ -185,32 +186,32 @@ def _alternatives(
     strength: NDArray[np.float64],
     settled: NDArray[np.bool_],
     placed: Windows,
+    own: NDArray[np.int_],
     peaks: Peaks,
     sources: list[NDArray[np.float64]],
 ) -> Iterable[_Alternative]:
-    """What else the blocks may hold."""
+    """What else the neighbourhoods may hold; each source is changed in its own one."""
     distance, nearest = KDTree(np.column_stack([fits.x, fits.y])).query(
         np.column_stack([peaks.x, peaks.y])
     )
     near = np.flatnonzero(distance < NEAR_FWHM * field.fwhm_pix)
-    block = block_of(placed)[nearest[near]]
+    block = own[nearest[near]]
     order = np.argsort(block, kind="stable")
     ends = np.searchsorted(block[order], np.arange(len(placed.members) + 1))
     for index, members in enumerate(placed.members):
-        own = sources[index]
-        room = len(members) < SLOTS[-1]
+        present = sources[index]
         fresh = not settled[members].all()
-        for slot, source in enumerate(members):
-            rest = np.delete(own, slot, 0)
-            if room and fresh and strength[source] ** 2 > _LEAST_SPLIT:
-                yield _Alternative(index, np.vstack([rest, halves(own[slot], field)]))
-            if fresh and len(members) > 1:
+        for slot in np.flatnonzero(own[members] == index) if fresh else ():
+            rest = np.delete(present, slot, 0)
+            if strength[members[slot]] ** 2 > _LEAST_SPLIT:
+                yield _Alternative(index, np.vstack([rest, halves(present[slot], field)]))
+            if len(members) > 1:
                 yield _Alternative(index, rest)
         if fresh and len(members) > 2:
-            yield _Alternative(index, merged(own))
-        for new in near[order[ends[index] : ends[index + 1]]] if room else ():
+            yield _Alternative(index, merged(present))
+        for new in near[order[ends[index] : ends[index + 1]]]:
             added = _in_window(peaks, int(new), field, noise, placed, index)
-            yield _Alternative(index, np.vstack([own, added]))
+            yield _Alternative(index, np.vstack([present, added]))
 
 
 def merged(sources: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -311,19 +312,17 @@ def _are_sources(field: Field, result: FitResult, row: NDArray[np.int_]) -> NDAr
 
 def _replaced(
     fits: SourceFits,
-    noise: Noise,
+    settled: NDArray[np.bool_],
     placed: Windows,
     best: dict[int, tuple[float, NDArray[np.float64]]],
-    near: NDArray[np.bool_],
 ) -> Verdict:
-    """The sources, with the best alternatives in the places of their blocks."""
-    own = members_of(placed, np.arange(len(placed.members)))
-    changed = np.isin(own.row, list(best))
-    gone, settled = np.zeros(len(fits.x), bool), np.zeros(len(fits.x), bool)
-    gone[own.source], settled[own.source] = changed, ~near[own.row]
-    kept = fits.take(np.flatnonzero(~gone))
-    new = np.concatenate([np.zeros((0, _PARAMETERS)), *(sources for _, sources in best.values())])
-    fresh = np.zeros(len(new), bool)
-    return Verdict(
-        kept.and_more(SourceFits.guess(new)), np.concatenate([settled[~gone], fresh]), len(best)
-    )
+    """The sources, with the best alternatives in the places of neighbourhoods that share none."""
+    gone, new = np.zeros(len(fits.x), bool), [np.zeros((0, _PARAMETERS))]
+    for block, (_, sources) in sorted(best.items(), key=lambda item: -item[1][0]):
+        if not gone[placed.members[block]].any():
+            gone[placed.members[block]] = True
+            new.append(sources)
+    fresh = SourceFits.guess(np.concatenate(new))
+    unsettled = np.zeros(len(fresh.x), bool)
+    kept = fits.take(np.flatnonzero(~gone)).and_more(fresh)
+    return Verdict(kept, np.append(settled[~gone], unsettled), len(new) - 1)

@@ -80,6 +80,28 @@ def turns(members: list[NDArray[np.int_]], labels: NDArray[np.int_]) -> NDArray[
     return np.arange(len(group)) - np.searchsorted(group, group)
 
 
+def neighbourhoods(
+    x: NDArray[np.float64], y: NDArray[np.float64], distance: float, most: int
+) -> tuple[list[NDArray[np.int_]], NDArray[np.int_]]:
+    """Each source with those that are closer to it than `distance`, the nearest if there are many.
+
+    Returns
+    -------
+    members
+        Sources of each neighbourhood, at most `most` and in ascending order; no two are the same.
+    own
+        (n,) which of them is that of each source.
+    """
+    n = len(x)
+    if n == 0:
+        return [], np.zeros(0, int)
+    places = np.column_stack([x, y])
+    _, near = KDTree(places).query(places, k=np.arange(1, most + 1), distance_upper_bound=distance)
+    near[:, 0] = np.arange(n)  # not another one at the same place
+    rows, own = np.unique(np.sort(near, axis=1), axis=0, return_inverse=True)
+    return [np.unique(row[row < n]) for row in rows], own.reshape(n)
+
+
 def _cut(
     members: NDArray[np.int_], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> list[NDArray[np.int_]]:

@@ -18,7 +18,7 @@ from hyperjax.deblending import (
     NEAR_FWHM,
     ON_BOUND,
     Peaks,
-    better_blocks,
+    better_sources,
     non_gaussian,
 )
 from hyperjax.fitting import FitOptions
@@ -33,7 +33,6 @@ from hyperjax.whitened import (
     filled_in,
     first_noise,
     fit_new,
-    lay_out,
     sweep,
     updated_noise,
     white_residual,
@@ -74,12 +73,10 @@ def find_sources(field: Field) -> Found | None:
         white = white_residual(field, noise, fits)
         peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
         new = _isolated(field, noise, white, peaks, fits)
-        fits, settled, changed = better_blocks(
-            field, noise, white, fits, settled, lay_out(field, fits).placed, peaks
-        )
+        fits, settled, changed = better_sources(field, noise, white, fits, settled, peaks)
         fits = fits.and_more(new)
         settled = np.append(settled, np.zeros(len(new.x), bool))
-        logger.debug("round %d: %d blocks, %d sources", number, changed, len(new.x))
+        logger.debug("round %d: %d changes, %d sources", number, changed, len(new.x))
         if number and changed == 0 and len(new.x) == 0:
             break
     asked = field.config.fit_options

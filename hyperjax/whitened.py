@@ -25,6 +25,7 @@ from hyperjax.groups import (
     cut_out,
     link,
     members_of,
+    neighbourhoods,
     overlap,
     turns,
     windows,
@@ -42,6 +43,7 @@ SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
+_MOST_NEIGHBOURS = 7  # fitted with a source when it is told whether it is one or two
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
@@ -58,6 +60,7 @@ _WHOLE = 0.97  # share of a source on valid pixels, from which nothing is missin
 _CUT_SWEEPS = 4
 _MOST_RELAXED = 2.5  # of a step of a source that is cut
 _ROUNDING = 1e-12  # of correlations of parameters
+_RANK = 1e-8  # of the products of a source's columns: below, they are the same
 _CHUNK = 64  # sources whose modes are in memory at a time
 
 
@@ -155,9 +158,19 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
     """Link the sources and put windows round their blocks."""
     group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
     members = blocks(group, fits.x, fits.y)
+    return Layout(group, _placed(field, fits, members), turns(members, group))
+
+
+def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.int_]]:
+    """Windows round each source and its nearest neighbours, and which of them is whose (n,)."""
+    distance = _LINK_FWHM * field.fwhm_pix
+    members, own = neighbourhoods(fits.x, fits.y, distance, _MOST_NEIGHBOURS)
+    return _placed(field, fits, members), own
+
+
+def _placed(field: Field, fits: SourceFits, members: list[NDArray[np.int_]]) -> Windows:
     margin = _MARGIN_FWHM * field.fwhm_pix
-    placed = windows(members, fits.x, fits.y, margin, least=_LEAST_SIDE, kinds=SLOTS)
-    return Layout(group, placed, turns(members, group))
+    return windows(members, fits.x, fits.y, margin, least=_LEAST_SIDE, kinds=SLOTS)
 
 
 # --- The noise --------------------------------------------------------------------------------
@@ -243,7 +256,9 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     r"""Share of the noise's power, by mode, that the fits of the sources have taken with them.
 
     A fit takes the projection of the noise on the columns J of its Jacobian, whose power is
-    :math:`J C J^\dagger` with the covariance C of the parameters. Blends count as isolated sources.
+    :math:`J (J^\dagger J)^{-1} J^\dagger`, as many modes as it has parameters. Each source counts
+    as if it were alone: the errors of those in a blend are large, but what they take together is
+    not.
 
     Returns
     -------
@@ -251,19 +266,25 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
         On the modes of `segment_side`.
     """
     side = segment_side(field.data.shape)
-    known = np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable
     coarse = next((c for c in _COARSE if c >= _COARSE_FWHM * field.fwhm_pix), _COARSE[-1])
-    some, k = fits.take(np.flatnonzero(known)), fft.fftfreq(coarse)
-    variance = nearest_values(noise.scale, some.x, some.y)[:, None, None] ** 2
-    total = np.zeros((coarse, coarse))
-    for first in range(0, len(some.x), _CHUNK):
-        part = some.take(np.arange(first, min(first + _CHUNK, len(some.x))))
-        covariance = part.covariance / variance[first : first + _CHUNK]
-        for parameters, columns in _gradients(part, k[:, None], k):
-            own = covariance[:, parameters][:, :, parameters]
-            flat = columns.reshape(*columns.shape[:2], -1)
-            total += np.sum((own @ flat) * flat, axis=(0, 1)).reshape(total.shape)
-    fine = fft.fftfreq(side)
+    k, fine = fft.fftfreq(coarse), fft.fftfreq(side)
+    free = np.diagonal(fits.covariance, axis1=1, axis2=2) > 0
+    known = np.flatnonzero(np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable)
+    passed = noise.spectrum.transfer(k, k).ravel()
+    total = np.zeros(coarse**2)
+    for first in range(0, len(known), _CHUNK):
+        some = known[first : first + _CHUNK]
+        for parameters, columns in _gradients(fits.take(some), k[:, None], k):
+            own = columns.reshape(*columns.shape[:2], -1) * free[some][:, parameters, None]
+            white = own * passed
+            size = np.sqrt(np.mean(white**2, axis=2))
+            scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)[..., None]
+            own, white = own * scale, white * scale
+            inverse = np.linalg.pinv(
+                white @ white.transpose(0, 2, 1) / coarse**2, _RANK, hermitian=True
+            )
+            total += np.sum((inverse @ own) * own, axis=(0, 1))
+    total = total.reshape(coarse, coarse)
     y, x = np.meshgrid(fine * coarse, fine * coarse, indexing="ij")
     smooth = ndimage.map_coordinates(total, [y, x], order=1, mode="grid-wrap")
     return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
