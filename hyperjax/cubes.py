@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from astropy import units as u
 from astropy.io import fits
-from astropy.modeling.fitting import FittingWithOutlierRemoval, LinearLSQFitter
-from astropy.modeling.polynomial import Polynomial2D
 from astropy.stats import sigma_clip, sigma_clipped_stats
 from astropy.wcs import WCS
 
@@ -209,6 +207,9 @@ def background_of(extraction: Extraction) -> Floats:
 
 def _without_sources(data: Floats, config: Config) -> Floats:
     """The best clipped polynomial of a whole image."""
+    from astropy.modeling.fitting import FittingWithOutlierRemoval, LinearLSQFitter
+    from astropy.modeling.polynomial import Polynomial2D  # slow to import, and rarely needed
+
     valid = np.isfinite(data)
     y, x = (2 * axis / max(max(data.shape) - 1, 1) - 1 for axis in np.indices(data.shape))
     best, score = np.zeros_like(data), np.inf

@@ -122,7 +122,9 @@ def better_sources(
     first = np.flatnonzero(members_of(placed, which).slot == 0)[1:]
     sources = np.split(in_windows(fits, noise, placed, which), first)
     strength = significance(fits)
-    options = list(_alternatives(field, noise, fits, strength, settled, placed, own, peaks, sources))
+    options = list(
+        _alternatives(field, noise, fits, strength, settled, placed, own, peaks, sources)
+    )
     tried = np.unique([option.block for option in options]).astype(int)
     present = [_Alternative(int(block), sources[block]) for block in tried]
     trial = _tried(field, noise, white, fits, placed, [*present, *options])

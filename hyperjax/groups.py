@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
@@ -97,7 +96,9 @@ def neighbourhoods(
         return [], np.zeros(0, int)
     places = np.column_stack([x, y])
     _, near = KDTree(places).query(places, k=np.arange(1, most + 1), distance_upper_bound=distance)
-    near[:, 0] = np.arange(n)  # not another one at the same place
+    itself = np.arange(n)[:, None]
+    near = np.where(near == itself, near[:, :1], near)  # another may be at the same place
+    near[:, 0] = np.arange(n)
     rows, own = np.unique(np.sort(near, axis=1), axis=0, return_inverse=True)
     return [np.unique(row[row < n]) for row in rows], own.reshape(n)
 
@@ -112,6 +113,8 @@ def _cut(
         ranked = members[np.argsort(along, kind="stable")]
         half_way = len(ranked) // 2
         return _cut(ranked[:half_way], x, y) + _cut(ranked[half_way:], x, y)
+    from scipy.cluster.hierarchy import fcluster, linkage  # only for large groups
+
     tree = linkage(np.column_stack([x[members], y[members]]), "average")
     half = fcluster(tree, 2, "maxclust")
     return _cut(members[half == 1], x, y) + _cut(members[half == 2], x, y)

@@ -31,6 +31,7 @@ from hyperjax.groups import (
     windows,
 )
 from hyperjax.maps import FWHM_PER_SIGMA
+from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.noise import clipped_rms, local_rms
 from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
@@ -267,6 +268,8 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     """
     side = segment_side(field.data.shape)
     coarse = next((c for c in _COARSE if c >= _COARSE_FWHM * field.fwhm_pix), _COARSE[-1])
+    least = (1 + LEAST_ELLIPTICITY) * fits.sigma_minor  # of round ones the angle is fitted, too
+    drawn = fits._replace(sigma_major=np.maximum(fits.sigma_major, least))
     k, fine = fft.fftfreq(coarse), fft.fftfreq(side)
     free = np.diagonal(fits.covariance, axis1=1, axis2=2) > 0
     known = np.flatnonzero(np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable)
@@ -274,7 +277,7 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     total = np.zeros(coarse**2)
     for first in range(0, len(known), _CHUNK):
         some = known[first : first + _CHUNK]
-        for parameters, columns in _gradients(fits.take(some), k[:, None], k):
+        for parameters, columns in _gradients(drawn.take(some), k[:, None], k):
             own = columns.reshape(*columns.shape[:2], -1) * free[some][:, parameters, None]
             white = own * passed
             size = np.sqrt(np.mean(white**2, axis=2))
@@ -284,9 +287,10 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
                 white @ white.transpose(0, 2, 1) / coarse**2, _RANK, hermitian=True
             )
             total += np.sum((inverse @ own) * own, axis=(0, 1))
-    total = total.reshape(coarse, coarse)
     y, x = np.meshgrid(fine * coarse, fine * coarse, indexing="ij")
-    smooth = ndimage.map_coordinates(total, [y, x], order=1, mode="grid-wrap")
+    smooth = ndimage.map_coordinates(
+        total.reshape(coarse, coarse), [y, x], order=1, mode="grid-wrap"
+    )
     return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
@@ -18,6 +18,7 @@ from hyperjax.groups import (
     buckets,
     cut_out,
     link,
+    neighbourhoods,
     overlap,
     turns,
     windows,
@@ -261,3 +262,23 @@ def test_pixels_within_reach_of_the_own_sources_only() -> None:
             own = placed.members[block]
             distance = cdist(pixels, np.column_stack([x[own], y[own]])).min(axis=1)
             assert_array_equal(inside.ravel(), distance <= reach)
+
+
+@pytest.mark.parametrize("most", [3, 7])
+def test_neighbourhoods_hold_the_nearest_sources(most: int) -> None:
+    x, y = np.random.default_rng(4).uniform(0, 30, (2, 60))
+    x[7], y[7] = x[8], y[8]
+    members, own = neighbourhoods(x, y, 4.0, most)
+    for source in range(len(x)):
+        away = np.hypot(x - x[source], y - y[source])
+        nearest = np.sort(away)[:most]
+        found = members[own[source]]
+        assert source in found
+        assert_allclose(np.sort(away[found]), nearest[nearest < 4.0])
+    assert len({tuple(group) for group in members}) == len(members)
+
+
+def test_nothing_has_no_neighbourhoods() -> None:
+    members, own = neighbourhoods(np.zeros(0), np.zeros(0), 4.0, 3)
+    assert members == []
+    assert own.shape == (0,)
