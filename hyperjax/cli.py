@@ -306,6 +306,8 @@ def run(
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
+        if options.of_pixels and options.noise.model == "auto" and not quiet:
+            _note_of_pixels(options.of_pixels)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:
             _print_summary(result, options.units)
@@ -313,6 +315,16 @@ def run(
             _print_profile(result.outcomes)
         _print_failures(result, debug)
     raise typer.Exit(result.exit_code)
+
+
+def _note_of_pixels(keys: Sequence[str]) -> None:
+    """Say that an option makes the fit another one."""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    typer.echo(
+        f"note: {keys[0]}{more}: sources are found and fitted pixel by pixel, as HYPER does, and "
+        "not in the noise as measured (noise.model = white says the same, and nothing here)",
+        err=True,
+    )
 
 
 def _inputs(
@@ -394,12 +406,13 @@ def _in_words(outcome: "MapOutcome") -> str:
 
 
 def _print_summary(result: "SurveyResult", units: "Units") -> None:
-    """Print a row for each finished map: sources, noise, time and catalogue."""
+    """Print a row for each finished map: sources, noise, how it was taken, time and catalogue."""
     rows = [
         (
             outcome.name,
             str(outcome.n_sources),
             f"{units.per_jy * outcome.rms:.4g}",
+            outcome.catalog.meta["noise_model"],
             f"{outcome.seconds:.1f}",
             _short(outcome.files[0]),
         )
@@ -407,7 +420,7 @@ def _print_summary(result: "SurveyResult", units: "Units") -> None:
     ]
     if rows:
         rms = f"rms [{units.flux_unit}/beam]"
-        _print_table(("map", "sources", rms, "seconds", "catalogue"), rows)
+        _print_table(("map", "sources", rms, "noise", "seconds", "catalogue"), rows)
         typer.echo(f"\npictures: {_short(result.layout.plots)}")
     if len(rows) > 1:
         typer.echo(f"merged catalogue: {_short(result.merged_table)}")

@@ -838,7 +838,8 @@ def write_simulation(
     for target in (map_path, truth_path):
         if target.exists() and not overwrite:
             raise OutputError(
-                f"{target}: exists already; give another name, or --force (overwrite=True)"
+                f"{target}: exists already; give another name, or have it replaced (--force, in "
+                "Python overwrite=True)"
             )
     image = fits.PrimaryHDU(simulated.data, simulated.header)
     write_truth = partial(simulated.truth.write, format="ascii.ecsv")

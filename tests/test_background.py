@@ -150,8 +150,10 @@ def assert_recovered(placed: Windows, found: Backgrounds, truth: NDArray, atol: 
         assert_allclose(found.at(placed, block, x, y), part, atol=atol)
 
 
-@pytest.mark.parametrize("boxes", [{}, {"fix_max_box": 4.5}, {"fix_min_box": 0.0}])
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("order", "boxes"),
+    [(0, {}), (1, {}), (2, {}), (2, {"fix_max_box": 4.5}), (2, {"fix_min_box": 0.0})],
+)
 def test_a_polynomial_under_masked_sources_is_recovered(
     order: int, boxes: dict[str, float]
 ) -> None:
@@ -208,7 +210,7 @@ def test_every_fitter_recovers_every_order(fitter: str, order: int) -> None:
     truth = plane_of(order, 20.0)
     config = Config.model_validate(
         {
-            "background": {"fix_min_box": 5, "fix_max_box": 5, "pol_orders_separate": [order]},
+            "background": {"fix_min_box": 3, "fix_max_box": 3, "pol_orders_separate": [order]},
             "fit_options": {"bg_fitters": [fitter], "huber_epsilons": [1.35]},
         }
     )

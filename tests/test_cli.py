@@ -445,9 +445,20 @@ def test_summary_names_sources_noise_time_and_catalogue(here: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     title, row, *_ = result.stdout.splitlines()
-    assert title.split() == ["map", "sources", "rms", "[mJy/beam]", "seconds", "catalogue"]
+    assert title.split() == ["map", "sources", "rms", "[mJy/beam]", "noise", "seconds", "catalogue"]
     assert row.split()[:3] == ["orion", "1", "1"]
     assert row.split()[-1] == "hyperjax_out/params/params_orion.ecsv"
+
+
+@pytest.mark.usefixtures("fake_fit")
+def test_an_option_that_makes_the_fit_another_one_is_told(here: Path) -> None:
+    write_map(here / "orion.fits")
+    (here / "c.yaml").write_text("fit_options: {loss: cauchy}")
+    (note,) = hyperjax_command("run", "orion.fits", "-c", "c.yaml").stderr.splitlines()
+    assert note.startswith("note: fit_options.loss: sources are found and fitted pixel by pixel")
+    assert hyperjax_command("run", "orion.fits", "-c", "c.yaml", "-q").stderr == ""
+    (here / "d.yaml").write_text("fit_options: {loss: cauchy}\nnoise: {model: white}")
+    assert hyperjax_command("run", "orion.fits", "-c", "d.yaml").stderr == ""
 
 
 @pytest.mark.usefixtures("fake_fit")

@@ -36,7 +36,8 @@ BAND_1 = Simulation(
     beam_axis_ratio=0.8,
     beam_pa_deg=30.0,
     snr_range=(20.0, 150.0),
-    blend_fraction=0.3,
+    blend_fraction=0.1,
+    min_separation_beams=4.0,
 )
 BAND_2 = Simulation(
     shape=(420, 440),

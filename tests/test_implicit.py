@@ -14,7 +14,7 @@ from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
 from hyperjax.implicit import fit_parameters
 from hyperjax.least_squares import BoundedLevenbergMarquardt
 
-SIDE, SLOTS = 16, 2
+SIDE, SLOTS = 24, 2
 PEAK, X, Y, MAJOR, MINOR, THETA = range(6)
 Y_PIX, X_PIX = np.mgrid[:SIDE, :SIDE].astype(float)
 TIGHT = FitOptions(ftol=0.0)

@@ -10,7 +10,7 @@ from hyperjax.fitting import CONVERGED, FitOptions, GroupBatch, fit_groups
 from hyperjax.models import gaussian, moffat
 from hyperjax.profiles import fit_profiles
 
-SIDE, SLOTS = 20, 2
+SIDE, SLOTS = 24, 2
 Y_PIX, X_PIX = np.mgrid[:SIDE, :SIDE].astype(float)
 
 

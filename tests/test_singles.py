@@ -26,10 +26,10 @@ from hyperjax.survey import SurveyResult, run_hyper
 
 MAP = Simulation(
     shape=(150, 170),
-    n_sources=14,
-    seed=6,
+    n_sources=12,
+    seed=7,
     unit="MJy/sr",
-    blend_fraction=0.5,
+    blend_fraction=0.3,
     beam_axis_ratio=0.8,
     frame="galactic",
     rotation_deg=25.0,

@@ -62,6 +62,7 @@ def one_source(image: Any, config: Config) -> Any:
     ny, nx = image.shape
     centre = image.wcs.pixel_to_world(nx / 2, ny / 2).icrs
     catalog["RA"], catalog["DEC"] = centre.ra.reshape(1), centre.dec.reshape(1)
+    catalog.meta["noise_model"] = "white"
     nothing = np.zeros(image.shape)
     return SimpleNamespace(
         map=image,
