@@ -412,7 +412,7 @@ def _print_summary(result: "SurveyResult", units: "Units") -> None:
             outcome.name,
             str(outcome.n_sources),
             f"{units.per_jy * outcome.rms:.4g}",
-            outcome.catalog.meta["noise_model"],
+            outcome.noise_model,
             f"{outcome.seconds:.1f}",
             _short(outcome.files[0]),
         )
@@ -514,8 +514,11 @@ def plot(
         maps = names or finished_maps(layout)
         if not maps:
             raise MissingFileError(f"{layout.images}: no finished map there")
-        for path in draw_again(layout, config, maps, _numbers(ids), _kinds(kinds)):
+        pictures = draw_again(layout, config, maps, _numbers(ids), _kinds(kinds))
+        for path in pictures:
             typer.echo(_short(path.absolute()))
+        if not pictures:
+            typer.echo(f"nothing to draw: {', '.join(maps)} has no {kinds} of these sources")
 
 
 def _numbers(text: str) -> list[int]:

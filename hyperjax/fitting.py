@@ -6,6 +6,7 @@ to scaled coordinates and to data of unit scale (so that a fit of Jy or of MJy/s
 same steps), solved in persistent lanes, on all cores, and brought back with its covariance.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -195,7 +196,12 @@ def fit_groups(
     wanted = max(int(batch.order.max()), highest_order)
     highest = next(order for order in _ORDERS if wanted <= order)
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
-    return _fitted(model, batch, options)
+
+    def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
+        _check_values(piece)
+        return _fitted(model, options, piece, device)
+
+    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
 
 
 def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -213,20 +219,19 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
         See `FitOptions`; the loss is linear.
     """
     model = SpectralGroup(Grid((side, side)), batch.start.shape[1], -1)
-    result = _fitted(model, batch, options)
+    fit = functools.partial(_fitted, model, options)
+    result = in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
     power = np.sum(batch.data**2, axis=(1, 2))
     return result._replace(nmse=2 * result.cost / np.where(power > 0, power, 1))
 
 
-def _fitted(model: GaussianGroup, batch: GroupBatch, options: FitOptions) -> FitResult:
-    """The fits of the groups, piece by piece."""
-
-    def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
-        problems = to_problems(np, model, piece, options)
-        solution, scale = solve_block(model, problems, options, device)
-        return _to_results(model, piece, problems.free, solution, scale)
-
-    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
+def _fitted(
+    model: GaussianGroup, options: FitOptions, batch: GroupBatch, device: jax.Device
+) -> FitResult:
+    """The fits of at most the largest of the `block_sizes` groups."""
+    problems = to_problems(np, model, batch, options)
+    solution, scale = solve_block(model, problems, options, device)
+    return _to_results(model, batch, problems.free, solution, scale)
 
 
 def in_pieces(
@@ -309,11 +314,10 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         name: np.ascontiguousarray(getattr(arrays, name), dtype)
         for name in ("data", "weight", "start", "lower", "upper")
     }
-    arrays = arrays._replace(
-        **floats, free=arrays.free.astype(bool), order=arrays.order.astype(np.int32)
-    )
-    _check_values(arrays)
-    return arrays
+    order = arrays.order.astype(np.int32)
+    if not ((order >= -1) & (order <= _ORDERS[-1])).all():
+        raise FitInputError(f"order: must be -1 (no background) to {_ORDERS[-1]}")
+    return arrays._replace(**floats, free=arrays.free.astype(bool), order=order)
 
 
 def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
@@ -337,15 +341,13 @@ def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
 def _check_values(batch: GroupBatch) -> None:
     if not (np.isfinite(batch.weight).all() and (batch.weight >= 0).all()):
         raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
-    if not np.isfinite(batch.data[batch.weight > 0]).all():
+    if not np.isfinite(np.where(batch.weight > 0, batch.data, 0)).all():
         raise FitInputError("data: not finite under a positive weight; set the weight to 0 there")
     there = batch.present
     if not np.isfinite(batch.start[there]).all():
         raise FitInputError("start: not finite")
     if not (batch.start[there][:, MAJOR : MINOR + 1] > 0).all():
         raise FitInputError("start: sigma_major and sigma_minor must be positive")
-    if not ((batch.order >= -1) & (batch.order <= _ORDERS[-1])).all():
-        raise FitInputError(f"order: must be -1 (no background) to {_ORDERS[-1]}")
     bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA]
     if not bounded.all() or not (batch.lower[there][:, MINOR] > 0).all():
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")

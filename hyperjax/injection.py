@@ -625,7 +625,53 @@ def _binned(injections: QTable, name: str, detected: QTable, negative: QTable) -
     )
     table["N_DETECTED"], table["N_NEGATIVE"] = n_detected, n_negative
     _add_share(table, "RELIABILITY", np.maximum(n_detected - n_negative, 0), n_detected)
+    for column in table.itercols():
+        column.info.description = _meaning_in_bins(column.info.name)
     return table
+
+
+def _meaning_in_bins(name: str) -> str:
+    """Description of a column of `_binned`."""
+    if name in _MEANING_IN_BINS:
+        return _MEANING_IN_BINS[name]
+    quantity, _, suffix = name.rpartition("_")
+    return _MEANING_OF_SUFFIX[suffix].format(_MEASURED[quantity])
+
+
+_MEANING_IN_BINS = {
+    "FLUX": "Middle of the bin of total flux density (geometric mean of its ends)",
+    "SNR": "Middle of the bin of the peak over the noise (geometric mean of its ends)",
+    "N": "Injected sources in the bin",
+    "N_FOUND": "Those that were found",
+    "COMPLETENESS": "N_FOUND / N",
+    "PIECES": "Detections near an injected source that are no source, per source",
+    "N_DETECTED": "Detections in the map with a measured value in the bin",
+    "N_NEGATIVE": "The same in the negative of the map without its sources",
+    "RELIABILITY": "1 - N_NEGATIVE / N_DETECTED",
+}
+_MEANING_OF_SUFFIX = {
+    "FROM": "Lower end of the bin of {}",
+    "TO": "Upper end of the bin of {}",
+    "LOW": "Lower end of the binomial interval of {}",
+    "HIGH": "Upper end of the binomial interval of {}",
+    "BIAS": "Median of the deviation of {} of the sources found",
+    "SCATTER": "Scatter (1.4826 median absolute deviations) of that of {}",
+}
+_MEASURED = {
+    "FLUX": "the flux (relative)",
+    "SNR": "the peak over the noise",
+    "RA": "the right ascension on the sky",
+    "DEC": "the declination",
+    "FWHM": "the FWHM (relative)",
+    "COMPLETENESS": "the completeness",
+    "RELIABILITY": "the reliability",
+} | {
+    f"PULL_{name}": f"{what} in units of its error"
+    for name, what in (
+        *(("FLUX", "the flux"), ("RA", "the right ascension"), ("DEC", "the declination")),
+        ("FWHM", "the FWHM"),
+    )
+}
 
 
 def _told(measure: Callable[[Floats], float], values: Floats) -> float:
@@ -724,7 +770,23 @@ def _limits(injections: QTable, seed: int) -> QTable:
         columns = limits, *np.where(np.isfinite(limits), _interval(np.array(sampled)), np.nan)
         for suffix, column in zip(("", "_LOW", "_HIGH"), columns, strict=True):
             table[label + suffix] = column if unit is None else column * unit
+    for column in table.itercols():
+        column.info.description = _MEANING_OF_LIMITS[column.info.name]
     return table
+
+
+_MEANING_OF_LIMITS = {"FRACTION": "Completeness"} | {
+    label + suffix: text + meaning
+    for label, meaning in (
+        ("FLUX", "injected total flux density from which on sources are found with it"),
+        ("SNR", "injected peak over the noise from which on they are"),
+    )
+    for suffix, text in (
+        ("", "The "),
+        ("_LOW", "Lower end of the interval (resampled injections) of the "),
+        ("_HIGH", "Upper end of the interval of the "),
+    )
+}
 
 
 def _interval(samples: Floats) -> Floats:

@@ -113,6 +113,11 @@ class MapOutcome:
         return self.error is None
 
     @property
+    def noise_model(self) -> str:
+        """What the noise was taken for, "correlated" or "white"; "" if the map failed."""
+        return "" if self.catalog is None else self.catalog.meta["noise_model"]
+
+    @property
     def n_sources(self) -> int:
         """Number of catalogued sources."""
         return 0 if self.catalog is None else len(self.catalog)

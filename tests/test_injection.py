@@ -98,6 +98,12 @@ def test_the_tables_hold_every_source_once(result: Completeness) -> None:
         assert_allclose(table["COMPLETENESS"][some], share[some])
 
 
+def test_every_column_of_every_table_says_what_it_is(result: Completeness) -> None:
+    for table in (result.injections, result.by_flux, result.by_snr, result.limits):
+        for column in table.itercols():
+            assert column.info.description, column.info.name
+
+
 def test_the_same_seed_gives_the_same(sky: Map) -> None:
     one, two, other = (completeness(sky, n=20, seed=seed).injections for seed in (1, 1, 2))
     for name in one.colnames:
