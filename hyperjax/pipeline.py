@@ -16,6 +16,7 @@ from hyperjax.config import Config
 from hyperjax.covariance import GroupCovariance, block_covariances, group_covariances
 from hyperjax.detection import (
     Detections,
+    HighPass,
     companions,
     detect,
     filter_size,
@@ -235,11 +236,12 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
     with timed(seconds, "images", map.name):
         size = _filter_size(map, config)
         model = render_sources(map.shape, fits)
-        residual = high_pass(map.data - model, size)
+        passed = HighPass(field.valid, size)
+        residual = passed(map.data - model)
         background = map.data - model - residual
         rms = np.where(field.valid, pixel_rms(field, noise, fits), np.nan)
         fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
-        found = _detections(fits, rms, high_pass(map.data, size), map, config)
+        found = _detections(fits, rms, passed(map.data), map, config)
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual, fits)
     return _Measured(

@@ -1,7 +1,7 @@
 """Find and model all sources of a map in noise that neighbouring pixels share.
 
-In rounds: the noise is measured on what the sources leave of the map, all sources are fitted anew,
-and what is left is searched for more, until nothing is added.
+The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
+left is searched for more until nothing is added; and so again, until nothing is added at once.
 """
 
 import logging
@@ -31,6 +31,7 @@ from hyperjax.whitened import (
     Field,
     Noise,
     filled_in,
+    filtered,
     first_noise,
     fit_new,
     sweep,
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
-_ROUNDS = 6
+_NOISES = 3  # times that the noise is measured while sources are added
+_ROUNDS = 2  # of changes in the same noise
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
 
@@ -65,31 +67,54 @@ def find_sources(field: Field) -> Found | None:
     first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
     settled = np.zeros(len(fits.x), bool)
-    for number in range(_ROUNDS):
-        noise = updated_noise(field, noise, fits)
-        fits = sweep(field, noise, fits, ROUGH).fits
+    for number in range(_NOISES):
+        left = filtered(field, fits)
+        noise = updated_noise(field, noise, fits, left)
+        fits = sweep(field, noise, fits, ROUGH, left).fits
         keep = _is_source(field, fits, threshold if number else 0.0)
-        fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
+        fits, settled, changes = _searched(
+            field, noise, fits.take(np.flatnonzero(keep)), settled[keep]
+        )
+        logger.debug("noise %d: %d changes", number, changes)
+        if number and changes == 0:
+            break
+    else:
+        noise = updated_noise(field, noise, fits, filtered(field, fits))
+    asked = field.config.fit_options
+    options = FitOptions(
+        ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
+    )
+    while True:
+        swept = sweep(field, noise, filled_in(field, noise, fits), options)
+        keep = _is_source(field, swept.fits, threshold)
+        if keep.all():
+            return Found(*swept, noise)
+        fits = swept.fits.take(np.flatnonzero(keep))
+
+
+def _searched(
+    field: Field, noise: Noise, fits: SourceFits, settled: NDArray[np.bool_]
+) -> tuple[SourceFits, NDArray[np.bool_], int]:
+    """Change the sources until nothing is better in the present noise; how often that was done.
+
+    `settled` (n,) are those for which nothing came near to being better.
+    """
+    threshold, total = field.config.detection.sigma_thres, 0
+    for number in range(_ROUNDS):
+        if number:
+            fits = sweep(field, noise, fits, ROUGH, among=~settled).fits
+            keep = _is_source(field, fits, threshold)
+            fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
         white = white_residual(field, noise, fits)
         peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
         new = _isolated(field, noise, white, peaks, fits)
         fits, settled, changed = better_sources(field, noise, white, fits, settled, peaks)
         fits = fits.and_more(new)
         settled = np.append(settled, np.zeros(len(new.x), bool))
-        logger.debug("round %d: %d changes, %d sources", number, changed, len(new.x))
-        if number and changed == 0 and len(new.x) == 0:
+        total += changed + len(new.x)
+        if changed == 0 and len(new.x) == 0:
             break
-    asked = field.config.fit_options
-    options = FitOptions(
-        ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
-    )
-    while True:
-        noise = updated_noise(field, noise, fits)
-        swept = sweep(field, noise, filled_in(field, noise, fits), options)
-        keep = _is_source(field, swept.fits, threshold)
-        if keep.all():
-            return Found(*swept, noise)
-        fits = swept.fits.take(np.flatnonzero(keep))
+    return fits, settled, total
 
 
 def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:

@@ -49,10 +49,7 @@ class Spectrum:
 
     def whitening(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes (ky, kx) of a filtered image are multiplied by: power^-1/2."""
-        side = len(self.power)
-        y, x = np.meshgrid(ky * side, kx * side, indexing="ij")
-        root = self.power**-0.5
-        return np.asarray(ndimage.map_coordinates(root, [y, x], order=1, mode="grid-wrap"))
+        return between_modes(self.power**-0.5, ky, kx)
 
     def transfer(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes of an image are multiplied by that has not been filtered."""
@@ -61,6 +58,19 @@ class Spectrum:
     def high_pass(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the filter multiplies the modes of an image by."""
         return np.asarray(1 - _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box))
+
+
+def between_modes(
+    values: NDArray[np.float64], ky: NDArray[np.float64], kx: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Interpolate (ky, kx) linearly between the values (side, side) on the modes of a square."""
+    for k in (ky, kx):
+        place = k * len(values)
+        below = np.floor(place).astype(int)
+        share = (place - below)[:, None]
+        lower, upper = (values[(below + step) % len(values)] for step in (0, 1))
+        values = (lower + share * (upper - lower)).T  # next the other axis
+    return np.ascontiguousarray(values)
 
 
 def _box_mean(k: NDArray[np.float64], side: int) -> NDArray[np.float64]:
@@ -110,11 +120,12 @@ def measure_spectrum(
     hann = np.hanning(side + 1)[:-1]
     hann = hann[:, None] * hann
     full = np.sum(hann**2)
+    whole = bool(valid.all())
     powers, shares = [], []
     for y, x in _segments(valid, side):
         part = slice(y, y + side), slice(x, x + side)
-        taper = np.where(valid[part], hann, 0.0)
-        share = np.sum(taper**2)
+        taper = hann if whole else np.where(valid[part], hann, 0.0)
+        share = full if whole else np.sum(taper**2)
         if share < _FILLED * full:
             continue
         centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
@@ -156,12 +167,11 @@ def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> 
 
 def _segments(valid: NDArray[np.bool_], side: int) -> list[tuple[int, int]]:
     """First pixels (y, x) of segments that are not blank for the most part: any, if too many."""
-    corners = [
-        (y, x)
-        for y in _starts(valid.shape[0], side)
-        for x in _starts(valid.shape[1], side)
-        if valid[y : y + side, x : x + side].mean() > _FILLED / 2
-    ]
+    sums = np.pad(valid.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    y, x = (_starts(length, side) for length in valid.shape)
+    rows = sums[y + side] - sums[y]
+    there = rows[:, x + side] - rows[:, x] > _FILLED / 2 * side**2
+    corners = [(int(y[i]), int(x[j])) for i, j in np.argwhere(there)]
     some = np.random.default_rng(0).permutation(len(corners))[:_MOST_SEGMENTS]
     return [corners[index] for index in np.sort(some)]
 

@@ -35,7 +35,14 @@ from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.noise import clipped_rms, local_rms
 from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
-from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
+from hyperjax.spectrum import (
+    Spectrum,
+    between_modes,
+    matched,
+    measure_spectrum,
+    segment_side,
+    whiten,
+)
 
 ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 """Options of fits on the way: they tell a gain in chi^2 of some units."""
@@ -179,7 +186,7 @@ def _placed(field: Field, fits: SourceFits, members: list[NDArray[np.int_]]) -> 
 
 def first_noise(field: Field) -> Noise | None:
     """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had."""
-    image, valid = _filtered(field, None), field.inner
+    image, valid = filtered(field, None), field.inner
     if not valid.any():
         return None
     scale = _given_scale(field)
@@ -195,9 +202,9 @@ def first_noise(field: Field) -> Noise | None:
     return None if spectrum is None else _normalised(field, Noise(scale, spectrum), unit)
 
 
-def updated_noise(field: Field, noise: Noise, fits: SourceFits) -> Noise:
-    """Noise of a map without the fitted sources."""
-    unit = _filtered(field, fits) / noise.scale
+def updated_noise(field: Field, noise: Noise, fits: SourceFits, left: NDArray[np.float64]) -> Noise:
+    """Noise of a map without the fitted sources, of which that is `left`."""
+    unit = left / noise.scale
     fitted = fitted_power(field, noise, fits)
     spectrum = measure_spectrum(unit, field.inner, noise.spectrum, fitted) or noise.spectrum
     return _normalised(field, Noise(noise.scale, spectrum), unit, fitted)
@@ -235,7 +242,7 @@ def _given_scale(field: Field) -> NDArray[np.float64]:
     return np.where(field.valid, field.rms, np.nanmedian(field.rms))
 
 
-def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
+def filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
     """The high-pass filtered map without sources, faded to 0 where blank."""
     left = field.data if fits is None else field.data - render_sources(field.data.shape, fits)
     return np.nan_to_num(field.high_pass(left)) * field.taper
@@ -243,14 +250,18 @@ def _filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
 
 def pixel_rms(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
     """Standard deviation (ny, nx) of a pixel of the filtered map without sources, Jy/beam."""
-    unit = _filtered(field, fits) / noise.scale
+    unit = filtered(field, fits) / noise.scale
     return noise.scale * clipped_rms(np.where(field.inner, unit, np.nan))
 
 
 def white_residual(field: Field, noise: Noise, fits: SourceFits | None) -> NDArray[np.float64]:
     """What the sources leave of the map, whitened: noise of unit variance, 0 where blank."""
-    white = whiten(_filtered(field, fits) / noise.scale, noise.spectrum)
-    return np.where(field.valid, white, 0.0)
+    return whitened(field, noise, filtered(field, fits))
+
+
+def whitened(field: Field, noise: Noise, left: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What is left of the filtered map, whitened."""
+    return np.where(field.valid, whiten(left / noise.scale, noise.spectrum), 0.0)
 
 
 def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
@@ -287,10 +298,7 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
                 white @ white.transpose(0, 2, 1) / coarse**2, _RANK, hermitian=True
             )
             total += np.sum((inverse @ own) * own, axis=(0, 1))
-    y, x = np.meshgrid(fine * coarse, fine * coarse, indexing="ij")
-    smooth = ndimage.map_coordinates(
-        total.reshape(coarse, coarse), [y, x], order=1, mode="grid-wrap"
-    )
+    smooth = between_modes(total.reshape(coarse, coarse), fine, fine)
     return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
 
 
@@ -491,7 +499,7 @@ def filled_in(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
         cut = valid_share(field, fits) < _WHOLE
         if not cut.any():
             break
-        fits = sweep(field, noise, fits, ROUGH, cut).fits
+        fits = sweep(field, noise, fits, ROUGH, among=cut).fits
     return fits
 
 
@@ -507,17 +515,21 @@ def sweep(
     noise: Noise,
     fits: SourceFits,
     options: FitOptions,
+    left: NDArray[np.float64] | None = None,
     among: NDArray[np.bool_] | None = None,
 ) -> Swept:
     """Fit all blocks to what the other sources leave; blocks of one group in turns.
 
-    Or only the blocks that have one of some sources.
+    Or only the blocks that have one of some sources, where these are named. What the sources leave
+    of the map as they are (`filtered`) may be given.
     """
     fits, fitted = fits.take(np.arange(len(fits.x))), []  # a copy, which changes turn by turn
     group, placed, turn = lay_out(field, fits)
     wanted = np.array([among is None or among[members].any() for members in placed.members], bool)
     for now in range(np.max(turn, initial=-1) + 1):
-        white = white_residual(field, noise, fits)
+        if now or left is None:
+            left = filtered(field, fits)
+        white = whitened(field, noise, left)
         for which in buckets(placed, wanted & (turn == now)).values():
             data = window_data(white, field, noise, fits, placed, which)
             fitted += _fit_bucket(field, noise, data, fits, placed, which, options)

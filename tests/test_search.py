@@ -18,7 +18,7 @@ from hyperjax.config_io import config_from_dict
 from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import Simulation, simulate, write_simulation
-from hyperjax.whitened import Field, first_noise, updated_noise
+from hyperjax.whitened import Field, filtered, first_noise, updated_noise
 
 PULLS = {"FLUX_TOTAL": "FLUX_TOTAL", "FLUX_PEAK": "FLUX_PEAK", "FWHM_1": "FWHM_1"}
 
@@ -273,7 +273,7 @@ def test_the_spectrum_is_measured_without_the_sources(tmp_path: Path) -> None:
     with_sources = first_noise(fields[0])
     assert with_sources is not None
     fits_of = extract(crowded, config).fits
-    cleaned = updated_noise(fields[0], with_sources, fits_of)
+    cleaned = updated_noise(fields[0], with_sources, fits_of, filtered(fields[0], fits_of))
 
     def middle(noise: Any) -> float:
         return float(np.median(noise.scale * np.sqrt(np.mean(noise.spectrum.power))))
