@@ -167,7 +167,8 @@ def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> 
 
 def _segments(valid: NDArray[np.bool_], side: int) -> list[tuple[int, int]]:
     """First pixels (y, x) of segments that are not blank for the most part: any, if too many."""
-    sums = np.pad(valid.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    counts = valid.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+    sums = np.pad(counts, ((1, 0), (1, 0)))
     y, x = (_starts(length, side) for length in valid.shape)
     rows = sums[y + side] - sums[y]
     there = rows[:, x + side] - rows[:, x] > _FILLED / 2 * side**2

@@ -51,7 +51,7 @@ SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
-_MOST_NEIGHBOURS = 7  # fitted with a source when it is told whether it is one or two
+_MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
