@@ -306,7 +306,8 @@ def run(
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
-        if options.of_pixels and options.noise.model == "auto" and not quiet:
+        fitted = not options.control.detection_only
+        if options.of_pixels and options.noise.model == "auto" and fitted and not quiet:
             _note_of_pixels(options.of_pixels)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:
@@ -322,7 +323,7 @@ def _note_of_pixels(keys: Sequence[str]) -> None:
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     typer.echo(
         f"note: {keys[0]}{more}: sources are found and fitted pixel by pixel, as HYPER does, and "
-        "not in the noise as measured (noise.model = white says the same, and nothing here)",
+        "not in the noise as measured; set noise.model = white to ask for that without this note",
         err=True,
     )
 
@@ -490,7 +491,7 @@ def plot(
             "--kind",
             metavar="KIND",
             help="What to draw, separated by commas: fitting (groups), deblended (sources), "
-            "bg_separate (separate backgrounds).",
+            "bg_separate (of runs with background.fit_gauss_and_bg_separately).",
         ),
     ] = "fitting,deblended",
     debug: Debug = False,
@@ -518,7 +519,7 @@ def plot(
         for path in pictures:
             typer.echo(_short(path.absolute()))
         if not pictures:
-            typer.echo(f"nothing to draw: {', '.join(maps)} has no {kinds} of these sources")
+            typer.echo(f"nothing to draw: no {kinds} in {', '.join(maps)}", err=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -32,7 +32,7 @@ from hyperjax.whitened import (
 )
 
 NEAR_FWHM = 1.5
-"""Peaks of the residual that are closer to a source belong to its block."""
+"""Peaks of the residual that are closer to a source belong to its neighbourhood."""
 
 LEAST_SNR_SQUARED = 5.0
 """A source whose total flux is less significant is none."""

@@ -60,7 +60,7 @@ _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients a
 _BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
-_LEAST_SHARE = 128  # sources of a thread: fewer leave too many lanes empty
+_LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
 _LANES = 32  # of a core, at most
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 

@@ -1,7 +1,8 @@
 """Find and model all sources of a map in noise that neighbouring pixels share.
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
-left is searched for more until nothing is added; and so again, until nothing is added at once.
+left is searched for more, twice if anything was added; and so again, until nothing is added, or
+three times.
 """
 
 import logging
@@ -90,21 +91,20 @@ def find_sources(field: Field) -> Found | None:
         if keep.all():
             return Found(*swept, noise)
         fits = swept.fits.take(np.flatnonzero(keep))
+        noise = updated_noise(field, noise, fits, filtered(field, fits))
 
 
 def _searched(
     field: Field, noise: Noise, fits: SourceFits, settled: NDArray[np.bool_]
 ) -> tuple[SourceFits, NDArray[np.bool_], int]:
-    """Change the sources until nothing is better in the present noise; how often that was done.
+    """Change the sources while that is better in the present noise; how many changes that were.
+
+    They are looked at `_ROUNDS` times at most.
 
     `settled` (n,) are those for which nothing came near to being better.
     """
     threshold, total = field.config.detection.sigma_thres, 0
-    for number in range(_ROUNDS):
-        if number:
-            fits = sweep(field, noise, fits, ROUGH, among=~settled).fits
-            keep = _is_source(field, fits, threshold)
-            fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
+    for _ in range(_ROUNDS):
         white = white_residual(field, noise, fits)
         peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
         new = _isolated(field, noise, white, peaks, fits)
@@ -114,6 +114,9 @@ def _searched(
         total += changed + len(new.x)
         if changed == 0 and len(new.x) == 0:
             break
+        fits = sweep(field, noise, fits, ROUGH, among=~settled).fits
+        keep = _is_source(field, fits, threshold)
+        fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
     return fits, settled, total
 
 

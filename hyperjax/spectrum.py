@@ -167,11 +167,11 @@ def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> 
 
 def _segments(valid: NDArray[np.bool_], side: int) -> list[tuple[int, int]]:
     """First pixels (y, x) of segments that are not blank for the most part: any, if too many."""
-    counts = valid.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
-    sums = np.pad(counts, ((1, 0), (1, 0)))
     y, x = (_starts(length, side) for length in valid.shape)
-    rows = sums[y + side] - sums[y]
-    there = rows[:, x + side] - rows[:, x] > _FILLED / 2 * side**2
+    sums = np.zeros((len(y), valid.shape[1] + 1), np.int64)
+    for row, first in zip(sums, y, strict=True):
+        np.cumsum(valid[first : first + side].sum(0), out=row[1:])
+    there = sums[:, x + side] - sums[:, x] > _FILLED / 2 * side**2
     corners = [(int(y[i]), int(x[j])) for i, j in np.argwhere(there)]
     some = np.random.default_rng(0).permutation(len(corners))[:_MOST_SEGMENTS]
     return [corners[index] for index in np.sort(some)]
