@@ -619,6 +619,14 @@ class Map:
         return self.beam.fwhm_arcsec / self.pixel_scale_arcsec
 
     @cached_property
+    def beam_covariance_pix(self) -> FloatArray:
+        """Covariance (2, 2) of the beam in x and y at the map's centre, square pixels."""
+        ny, nx = self.shape
+        jacobian = local_geometry(self.wcs, 0.5 * (nx - 1), 0.5 * (ny - 1)).jacobian
+        axes = self.beam.major_arcsec, self.beam.minor_arcsec, self.beam_pa_icrs_deg
+        return pixel_covariance(jacobian, *axes)[0]
+
+    @cached_property
     def beam_pa_icrs_deg(self) -> float:
         """Position angle of the beam, East of North in ICRS, at the map's centre, in [0, 180)."""
         ny, nx = self.shape

@@ -225,7 +225,8 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         _warn_of_white(map, config, "is too small for the spectrum of its noise, or its beam is")
         return None
     with timed(seconds, "fit", map.name):
-        field = Field(map.data, map.beam_fwhm_pix, box, config, map.rms)
+        (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
+        field = Field(map.data, (xx, xy, yy), box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
         _warn_of_white(

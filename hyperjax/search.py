@@ -158,7 +158,7 @@ def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
 
 def find_peaks(field: Field, noise: Noise, white: NDArray[np.float64], threshold: float) -> Peaks:
     """Peaks of the matched filter of the beam above a threshold, brightest first."""
-    snr, error = matched(white, noise.spectrum, field.sigma_pix)
+    snr, error = matched(white, noise.spectrum, field.beam)
     snr = np.where(field.valid, snr, -np.inf)
     y, x = np.nonzero((snr == ndimage.maximum_filter(snr, size=3)) & (snr > threshold))
     inside = field.depth[y, x] > max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)

@@ -14,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
+Beam = tuple[float, float, float]
+"""Covariance of a Gaussian beam: of x, of x and y, and of y, square pixels."""
+
 _SEGMENTS = 128, 64, 32  # sides of the squares that the spectrum is averaged over: the largest fits
 _LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
 _FLOOR = 1e-4  # of the peak of the power
@@ -58,6 +61,16 @@ class Spectrum:
     def high_pass(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the filter multiplies the modes of an image by."""
         return np.asarray(1 - _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box))
+
+
+def transform_of_beam(
+    beam: Beam, ky: NDArray[np.float64], kx: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Transform (ky, kx) of a Gaussian beam of unit peak about its centre."""
+    xx, xy, yy = beam
+    ky = ky[:, None]
+    damping = np.exp(-2 * np.pi**2 * (xx * kx**2 + 2 * xy * kx * ky + yy * ky**2))
+    return np.asarray(2 * np.pi * math.sqrt(xx * yy - xy**2) * damping)
 
 
 def between_modes(
@@ -230,13 +243,10 @@ def _whitener(spectrum: Spectrum, room: _Room) -> NDArray[np.float64]:
 
 
 @functools.lru_cache(maxsize=2)
-def _template(
-    spectrum: Spectrum, room: _Room, sigma_pix: float
-) -> tuple[NDArray[np.float64], float]:
+def _template(spectrum: Spectrum, room: _Room, beam: Beam) -> tuple[NDArray[np.float64], float]:
     """Transform of the whitened source at unit peak, and the root of its sum of squares."""
     ky, kx = room.modes
-    damping = np.exp(-2 * (np.pi * sigma_pix) ** 2 * (ky[:, None] ** 2 + kx**2))
-    template = 2 * np.pi * sigma_pix**2 * damping * spectrum.high_pass(ky, kx)
+    template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx)
     template *= _whitener(spectrum, room)
     both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
     both[0] = 1.0
@@ -252,13 +262,13 @@ def whiten(image: NDArray[np.float64], spectrum: Spectrum) -> NDArray[np.float64
 
 
 def matched(
-    white: NDArray[np.float64], spectrum: Spectrum, sigma_pix: float
+    white: NDArray[np.float64], spectrum: Spectrum, beam: Beam
 ) -> tuple[NDArray[np.float64], float]:
-    """Signal-to-noise ratio of a round Gaussian at every pixel, and the noise of its peak.
+    """Signal-to-noise ratio of a point source at every pixel, and the noise of its peak.
 
     The matched filter of a source in noise of a known spectrum (Turin 1960, IRE Trans. Inf. Theory
-    6, 311): the whitened map, correlated with the whitened source of `sigma_pix`.
+    6, 311): the whitened map, correlated with the whitened `beam`.
     """
     room = _room(white.shape, spectrum)
-    template, norm = _template(spectrum, room, sigma_pix)
+    template, norm = _template(spectrum, room, beam)
     return room.back(room.forth(white) * template) / norm, 1 / norm

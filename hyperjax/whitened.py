@@ -36,11 +36,13 @@ from hyperjax.noise import clipped_rms, local_rms
 from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import (
+    Beam,
     Spectrum,
     between_modes,
     matched,
     measure_spectrum,
     segment_side,
+    transform_of_beam,
     whiten,
 )
 
@@ -80,8 +82,8 @@ class Field:
     ----------
     data
         (ny, nx) brightness, NaN where blank, Jy/beam.
-    fwhm_pix
-        FWHM of the beam, pixels.
+    beam
+        Covariance of the beam: of x, of x and y, and of y, square pixels.
     box
         Side of the box of the high-pass filter, pixels.
     config
@@ -91,7 +93,7 @@ class Field:
     """
 
     data: NDArray[np.float64]
-    fwhm_pix: float
+    beam: Beam
     box: int
     config: Config
     rms: NDArray[np.float64] | None = None
@@ -138,10 +140,16 @@ class Field:
         """The largest sigma of a source, pixels."""
         return self.config.photometry.aper_sup * self.sigma_pix
 
-    @property
+    @cached_property
     def sigma_pix(self) -> float:
-        """Standard deviation of the beam, pixels."""
-        return self.fwhm_pix / FWHM_PER_SIGMA
+        """Standard deviation of the beam, pixels: the geometric mean of the axes'."""
+        xx, xy, yy = self.beam
+        return float((xx * yy - xy**2) ** 0.25)
+
+    @property
+    def fwhm_pix(self) -> float:
+        """FWHM of the beam, pixels."""
+        return FWHM_PER_SIGMA * self.sigma_pix
 
 
 class Noise(NamedTuple):
@@ -218,12 +226,11 @@ def _normalised(
 ) -> Noise:
     """The noise, so that the matched filter's own is 1 everywhere, with what was `fitted` away."""
     white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
-    snr, _ = matched(white, noise.spectrum, field.sigma_pix)
+    snr, _ = matched(white, noise.spectrum, field.beam)
     found = _local_noise(field, snr)
     if fitted is not None:
         k = fft.fftfreq(len(fitted))
-        damping = np.exp(-2 * (np.pi * field.sigma_pix) ** 2 * (k[:, None] ** 2 + k**2))
-        passed = (damping * noise.spectrum.transfer(k, k)) ** 2
+        passed = (transform_of_beam(field.beam, k, k) * noise.spectrum.transfer(k, k)) ** 2
         found /= np.sqrt(1 - min(np.sum(passed * fitted) / np.sum(passed), _MOST_FITTED))
     return noise._replace(scale=noise.scale * found)
 

@@ -12,7 +12,8 @@ from hyperjax.sources import SourceFits, render_sources
 from hyperjax.spectrum import Spectrum
 from hyperjax.whitened import Field, Noise, sweep, white_residual
 
-FIELD = Field(np.zeros((61, 71)), 4.0, 41, Config())
+BEAM = (1.7**2, 0.0, 1.7**2)
+FIELD = Field(np.zeros((61, 71)), BEAM, 41, Config())
 ELONGATED = np.array([3.0, 33.0, 29.0, 4.0, 2.2, 0.7])
 
 
@@ -62,7 +63,7 @@ def seen(true: NDArray, started: NDArray, peaks: Peaks = NO_PEAKS) -> tuple[Verd
     """What comes of alternatives for fits that have begun with some sources, and these fits."""
     image = render_sources((96, 96), SourceFits.guess(np.array(true)))
     noise = Noise(np.ones(image.shape), Spectrum.white(41))
-    field = Field(image + np.random.default_rng(8).normal(size=image.shape), 4.0, 41, Config())
+    field = Field(image + np.random.default_rng(8).normal(size=image.shape), BEAM, 41, Config())
     begun = SourceFits.guess(np.array(started))
     fits = sweep(field, noise, begun, FitOptions()).fits
     white = white_residual(field, noise, fits)

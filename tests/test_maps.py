@@ -463,6 +463,16 @@ def test_the_beams_angle_in_icrs_is_that_of_its_tip(tmp_path: Path, frame: str) 
     tip = centre.directional_offset_by(30 * u.deg, 10 * u.arcsec)
     expected = centre.icrs.position_angle(tip.icrs).to_value("deg") % 180
     assert_allclose(read.beam_pa_icrs_deg, expected, atol=1e-3)
+    ny, nx = read.shape
+    jacobian = local_geometry(read.wcs, (nx - 1) / 2, (ny - 1) / 2).jacobian
+    major, minor, pa = sky_ellipse(jacobian, read.beam_covariance_pix[None])
+    assert_allclose([major[0], minor[0]], [read.beam.major_arcsec, read.beam.minor_arcsec])
+    assert_allclose(pa[0], read.beam_pa_icrs_deg, atol=1e-6)
+    assert_allclose(
+        np.linalg.det(read.beam_covariance_pix) ** 0.25 * np.sqrt(8 * np.log(2)),
+        read.beam_fwhm_pix,
+        rtol=1e-3,
+    )
     assert (abs(read.beam_pa_icrs_deg - 30.0) > 1) == (frame == "galactic")
 
 

@@ -267,7 +267,8 @@ def test_the_spectrum_is_measured_without_the_sources(tmp_path: Path) -> None:
     crowded, _ = made(tmp_path, n_sources=120, snr_range=(10, 60), **options)
     empty, _ = made(tmp_path, n_sources=0, **options)
     config = config_from_dict({})
-    fields = [Field(map.data, map.beam_fwhm_pix, 41, config) for map in (crowded, empty)]
+    (xx, xy), (_, yy) = crowded.beam_covariance_pix.tolist()
+    fields = [Field(map.data, (xx, xy, yy), 41, config) for map in (crowded, empty)]
     alone = first_noise(fields[1])
     assert alone is not None
     with_sources = first_noise(fields[0])

@@ -75,19 +75,24 @@ def test_whitened_noise_is_white(slope: float) -> None:
     assert abs(np.mean(white[:, 1:] * white[:, :-1])) < 0.03
 
 
-def test_the_matched_filter_has_unit_noise_and_the_right_peak() -> None:
+@pytest.mark.parametrize("beam", [(2.9, 0.0, 2.9), (5.0, 2.0, 3.0)], ids=["round", "elongated"])
+def test_the_matched_filter_has_unit_noise_and_the_right_peak(
+    beam: tuple[float, float, float],
+) -> None:
     """The peak's noise is 1 / sqrt(sum |B|^2 / P), with the true power P and the transform B."""
-    image, sigma = coloured(4), 1.7
-    snr, error = matched(whiten(image, spectrum_of(image)), spectrum_of(image), sigma)
+    image, (xx, xy, yy) = coloured(4), beam
+    snr, error = matched(whiten(image, spectrum_of(image)), spectrum_of(image), beam)
     assert np.std(snr) == pytest.approx(1, abs=0.05)
     ky, kx = np.meshgrid(fft.fftfreq(512), fft.fftfreq(512), indexing="ij")
-    k2 = kx**2 + ky**2
-    power = (2 * np.pi * sigma**2 * np.exp(-2 * (np.pi * sigma) ** 2 * k2)) ** 2
-    expected = 1 / np.sqrt(np.mean(power / true_power(np.sqrt(k2))))
+    y, x = np.indices((512, 512)) - 256
+    inverse = np.linalg.inv([[xx, xy], [xy, yy]])
+    exponent = inverse[0, 0] * x**2 + 2 * inverse[0, 1] * x * y + inverse[1, 1] * y**2
+    power = np.abs(fft.fft2(np.exp(-exponent / 2))) ** 2
+    expected = 1 / np.sqrt(np.mean(power / true_power(np.hypot(kx, ky))))
     assert error == pytest.approx(expected, rel=0.05)
-    y, x = np.indices(SHAPE)
-    source = 50 * np.exp(-((x - 120) ** 2 + (y - 150) ** 2) / (2 * sigma**2))
-    both = matched(whiten(image + source, spectrum_of(image)), spectrum_of(image), sigma)[0]
+    source = np.zeros(SHAPE)
+    source[120:181, 90:151] = 50 * np.exp(-exponent / 2)[226:287, 226:287]
+    both = matched(whiten(image + source, spectrum_of(image)), spectrum_of(image), beam)[0]
     assert (both - snr)[150, 120] * error == pytest.approx(50, rel=0.02)
 
 

@@ -11,7 +11,7 @@ from hyperjax.sources import SourceFits, stamp_gradients
 from hyperjax.spectrum import Spectrum, segment_side
 from hyperjax.whitened import Field, Noise, fitted_power
 
-FIELD = Field(np.zeros((256, 256)), 4.0, 0, Config())
+FIELD = Field(np.zeros((256, 256)), (1.7**2, 0.0, 1.7**2), 0, Config())
 SIDE = segment_side(FIELD.data.shape)
 NOISE = Noise(np.ones(FIELD.data.shape), Spectrum.white(0))
 ONE = np.array([[5.0, 100.3, 90.8, 2.6, 1.7, 0.6]])
