@@ -324,8 +324,7 @@ def with_noise(modelled: Modelled, rms: NDArray[np.float64], correlation: Correl
         Noise of every pixel (ny, nx), Jy/beam, and how that of neighbours is correlated.
     """
     fits, placed = modelled.fits, modelled.placed
-    least = (1 + LEAST_ELLIPTICITY) * fits.sigma_minor  # as the covariances of the fits have it
-    drawn = fits._replace(sigma_major=np.maximum(fits.sigma_major, least))
+    drawn = fits.elliptical(LEAST_ELLIPTICITY)  # as the covariances of the fits have it
     covariance, blocks = fits.covariance.copy(), []
     for which, weight, narrow in modelled.blocks:
         row, slot, source = members_of(placed, which)

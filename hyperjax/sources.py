@@ -106,6 +106,11 @@ class SourceFits(NamedTuple):
         finite = np.isfinite(self[:6]).all(axis=0)
         return np.asarray(finite & (self.sigma_minor > 0) & (self.sigma_major > 0))
 
+    def elliptical(self, least: float) -> "SourceFits":
+        """The same, round ones with a `least` ellipticity: their angle and ratio are fitted too."""
+        major = np.maximum(self.sigma_major, (1 + least) * self.sigma_minor)
+        return self._replace(sigma_major=major)
+
 
 def nearest_values(
     image: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]

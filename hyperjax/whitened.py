@@ -286,8 +286,7 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     """
     side = segment_side(field.data.shape)
     coarse = next((c for c in _COARSE if c >= _COARSE_FWHM * field.fwhm_pix), _COARSE[-1])
-    least = (1 + LEAST_ELLIPTICITY) * fits.sigma_minor  # of round ones the angle is fitted, too
-    drawn = fits._replace(sigma_major=np.maximum(fits.sigma_major, least))
+    drawn = fits.elliptical(LEAST_ELLIPTICITY)
     k, fine = fft.fftfreq(coarse), fft.fftfreq(side)
     free = np.diagonal(fits.covariance, axis1=1, axis2=2) > 0
     known = np.flatnonzero(np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable)

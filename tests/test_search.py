@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import KDTree
 
+from hyperjax import search
 from hyperjax.catalog import FLAGS
 from hyperjax.config_io import config_from_dict
 from hyperjax.maps import Map, read_map
@@ -131,6 +132,23 @@ def test_sources_beside_each_other_are_measured_as_well_as_their_errors_say(
         assert np.sum(np.abs(deviation) > 4) <= 3
         assert 0.75 < mad_std(deviation) < 1.3
         assert np.std(deviation) < 2
+
+
+def test_the_noise_is_measured_when_all_sources_have_been_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a fit takes of the noise is told from what was free in it: from its covariance."""
+    seen = []
+
+    def recorded(field: Field, noise: Any, fits: Any, left: NDArray) -> Any:
+        seen.append((fits.niter > 0).all())
+        return updated_noise(field, noise, fits, left)
+
+    monkeypatch.setattr(search, "updated_noise", recorded)
+    map, _ = made(tmp_path, n_sources=60, blend_fraction=0.8, min_separation_beams=0.8)
+    extract(map)
+    assert len(seen) >= 3  # sources are added between
+    assert all(seen)
 
 
 def test_one_round_source_stays_one(tmp_path: Path) -> None:
