@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import astropy.units as u
 import numpy as np
-from astropy.coordinates import SkyCoord
+from astropy.coordinates import Angle, SkyCoord
 from astropy.io import fits
 from astropy.table import QTable, Table
 from regions import EllipseSkyRegion, PointSkyRegion, Regions
@@ -335,12 +335,10 @@ def ellipse_regions(catalog: QTable, frame: str) -> str:
         One of `DS9_FRAMES`.
     """
     shaped = catalog[_is_located(catalog) & has_shape(catalog)]
-    angle = position_angles(shaped, frame) - 90 * u.deg
+    turn = position_angles(shaped, frame) - 90 * u.deg
+    angles = [Angle(column, u.deg) for column in (shaped["FWHM_1"], shaped["FWHM_2"], turn)]
     ellipses = [
-        EllipseSkyRegion(*row)
-        for row in zip(
-            _positions(shaped, frame), shaped["FWHM_1"], shaped["FWHM_2"], angle, strict=True
-        )
+        EllipseSkyRegion(*row) for row in zip(_positions(shaped, frame), *angles, strict=True)
     ]
     return _ds9(ellipses, frame)
 
