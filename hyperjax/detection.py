@@ -155,20 +155,28 @@ class HighPass:
     def __init__(self, valid: NDArray[np.bool_], size: int) -> None:
         self.valid = valid
         self.size = size
-        self._share = self._box(valid.astype(float))
-        y, x = (np.linspace(-1, 1, length) for length in valid.shape)
-        self._terms = np.stack(np.broadcast_arrays(1.0, x, y[:, None]))[:, valid]
-        self._inverse = np.linalg.pinv(self._terms @ self._terms.T)
-        self._axes = y[:, None], x
+        there = valid.astype(float)
+        self._share = self._box(there)
+        y, x = self._axes = [np.linspace(-1, 1, length) for length in valid.shape]
+        columns, rows = there.sum(0), there.sum(1)
+        one, sum_x, sum_y = columns.sum(), columns @ x, rows @ y
+        products = [
+            [one, sum_x, sum_y],
+            [sum_x, columns @ x**2, y @ there @ x],
+            [sum_y, y @ there @ x, rows @ y**2],
+        ]
+        self._inverse = np.linalg.pinv(products)
 
     def __call__(self, data: NDArray[np.float64]) -> NDArray[np.float64]:
         """The filtered image, NaN where it is not valid."""
-        some = data[self.valid]
-        middle = np.mean(some)
-        constant, along_x, along_y = self._inverse @ (self._terms @ (some - middle))
         y, x = self._axes
-        flat = data - (middle + constant + along_x * x + along_y * y)
-        total = self._box(np.where(self.valid, flat, 0.0))
+        middle = np.mean(data, where=self.valid)
+        some = np.where(self.valid, data - middle, 0.0)
+        columns, rows = some.sum(0), some.sum(1)
+        constant, along_x, along_y = self._inverse @ [columns.sum(), columns @ x, rows @ y]
+        plane = constant + along_x * x + along_y * y[:, None]
+        flat = np.subtract(some, plane, out=some, where=self.valid)
+        total = self._box(flat)
         mean = np.divide(total, self._share, out=np.zeros_like(total), where=self.valid)
         return np.where(self.valid, flat - mean, np.nan)
 

@@ -14,6 +14,7 @@ _CLIP_ITERATIONS = 10
 _LOCAL_ROUNDS = 3
 _BLOCKS = 10  # along the standard deviation of the bell that local noise is told under
 _ENOUGH = 100_000  # values that tell a standard deviation to 0.3 %
+_HUGE = 1e6  # times the noise of the image: what no clipping leaves
 _LEAST_NEAR = 1e-3  # share of valid pixels round a pixel that its local noise is told from
 _SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
 _LEAST_CORRELATION = 0.03  # what is less is taken for none
@@ -112,19 +113,23 @@ def local_rms(
         Standard deviation of the bell, pixels.
     """
     whole = clipped_rms(_some(image[valid]))
-    rms = np.full(image.shape, whole)
+    if not whole > 0:
+        return np.full(image.shape, whole)
+    size = np.where(valid, np.abs(image) / whole, _HUGE).clip(max=_HUGE).astype(np.float32)
+    power = size**2
+    rms = np.ones((1, 1), np.float32)
     side = max(int(width_pix / _BLOCKS), 1)
     for _ in range(_LOCAL_ROUNDS):
-        kept = valid & (np.abs(image) < _CLIP_SIGMA * rms)
-        share = _under_bell(_block_means(kept.astype(float), side), width_pix / side)
-        square = _block_means(np.where(kept, image, 0.0) ** 2, side)
-        square = _under_bell(square, width_pix / side)
+        kept = size < _CLIP_SIGMA * rms
+        share = _under_bell(_block_means(kept.astype(np.float32), side), width_pix / side)
+        square = _under_bell(_block_means(power * kept, side), width_pix / side)
         known = share > _LEAST_NEAR
-        variance = np.divide(square, share, out=np.zeros_like(square), where=known)
+        variance = np.divide(square, share, out=np.ones_like(square), where=known)
         deviation = np.sqrt(np.maximum(variance, 0))  # sums of boxes may round below 0
-        local = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), whole)
-        rms = local.repeat(side, 0).repeat(side, 1)[: image.shape[0], : image.shape[1]]
-    return _between_blocks(local, side, image.shape)
+        local = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), 1.0)
+        rms = local.astype(np.float32).repeat(side, 0).repeat(side, 1)
+        rms = rms[: image.shape[0], : image.shape[1]]
+    return whole * _between_blocks(local, side, image.shape)
 
 
 def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,12 +139,12 @@ def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.random.default_rng(0).integers(len(values), size=_ENOUGH)]
 
 
-def _block_means(image: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+def _block_means(image: NDArray[np.float32], side: int) -> NDArray[np.float64]:
     """Means over squares of pixels; beyond the edges there is 0."""
     for _ in range(2):
         rows = np.add.reduceat(image, np.arange(0, len(image), side), axis=0)
-        image = rows.T / side
-    return image
+        image = np.divide(rows.T, side, dtype=np.float32)
+    return image.astype(float)
 
 
 def _between_blocks(

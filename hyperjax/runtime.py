@@ -4,7 +4,7 @@ import ctypes
 import os
 from pathlib import Path
 
-_threads: int | None = None  # that fit, where that was configured
+_threads: int | None = None  # that compute, where that was configured
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST = 2**30, 2**25  # bytes; the second is what the manual allows
@@ -17,26 +17,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def cpu_threads() -> int:
+    """Threads that compute at the same time, where that is done on processors: one per core."""
+    return _threads or usable_cores()
+
+
 def fit_threads(devices: int) -> int:
-    """Threads that fit at the same time: one per core, or two for each other kind of device.
+    """Threads that fit at the same time: `cpu_threads`, or two for each other kind of device.
 
     Of those two one makes ready what the device is to do next.
     """
     import jax
 
-    return _threads or usable_cores() if jax.default_backend() == "cpu" else 2 * devices
+    return cpu_threads() if jax.default_backend() == "cpu" else 2 * devices
 
 
 def configure_runtime(threads: int | None = None, cache: Path | None = None) -> None:
     """Set jax up for a process of its own; best before the first computation.
 
-    One process uses all cores: fits are divided over threads, and XLA's own pool gets as many (the
-    environment variable NPROC, unless it is set). Memory that is freed stays with the process.
+    One process uses all cores: fits and transforms are divided over threads, and XLA's own pool
+    gets as many (the environment variable NPROC, unless it is set). Memory that is freed stays with
+    the process.
 
     Parameters
     ----------
     threads
-        Threads that fit on processors; as before unless given, at first one per core.
+        Threads that compute on processors; as before unless given, at first one per core.
     cache
         Folder of the persistent compilation cache; `hyperjax` in the user's cache folder unless
         given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.

@@ -26,7 +26,7 @@ from hyperjax.fitting import FitOptions
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits
-from hyperjax.spectrum import matched
+from hyperjax.spectrum import Waves
 from hyperjax.whitened import (
     ROUGH,
     Field,
@@ -37,7 +37,8 @@ from hyperjax.whitened import (
     fit_new,
     sweep,
     updated_noise,
-    white_residual,
+    waves_of,
+    whitened,
 )
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def find_sources(field: Field) -> Found | None:
     if noise is None:
         return None
     threshold = field.config.detection.sigma_thres
-    first = find_peaks(field, noise, white_residual(field, noise, None), threshold)
+    first = find_peaks(field, noise, waves_of(noise, filtered(field, None)), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
     settled = np.zeros(len(fits.x), bool)
     for number in range(_NOISES):
@@ -105,8 +106,9 @@ def _searched(
     """
     threshold, total = field.config.detection.sigma_thres, 0
     for _ in range(_ROUNDS):
-        white = white_residual(field, noise, fits)
-        peaks = find_peaks(field, noise, white, min(_NEAR_SNR, threshold))
+        waves = waves_of(noise, filtered(field, fits))
+        white = whitened(field, noise, waves)
+        peaks = find_peaks(field, noise, waves, min(_NEAR_SNR, threshold))
         new = _isolated(field, noise, white, peaks, fits)
         fits, settled, changed = better_sources(field, noise, white, fits, settled, peaks)
         fits = fits.and_more(new)
@@ -156,9 +158,9 @@ def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
     return out
 
 
-def find_peaks(field: Field, noise: Noise, white: NDArray[np.float64], threshold: float) -> Peaks:
+def find_peaks(field: Field, noise: Noise, waves: Waves, threshold: float) -> Peaks:
     """Peaks of the matched filter of the beam above a threshold, brightest first."""
-    snr, error = matched(white, noise.spectrum, field.beam)
+    snr, error = waves.matched(noise.spectrum, field.beam)
     snr = np.where(field.valid, snr, -np.inf)
     y, x = np.nonzero((snr == ndimage.maximum_filter(snr, size=3)) & (snr > threshold))
     inside = field.depth[y, x] > max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)

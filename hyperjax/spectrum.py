@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
+from hyperjax.runtime import cpu_threads
+
 Beam = tuple[float, float, float]
 """Covariance of a Gaussian beam: of x, of x and y, and of y, square pixels."""
 
@@ -98,8 +100,86 @@ def segment_side(shape: tuple[int, ...]) -> int:
     return next((side for side in _SEGMENTS if min(shape) >= _LEAST_SEGMENTS * side), 0)
 
 
+class _Room(NamedTuple):
+    """An image in the middle of its own mirror images, as it is transformed."""
+
+    before: int
+    shape: tuple[int, int]
+    total: tuple[int, int]
+
+    @property
+    def modes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Wave numbers (ky, kx) of the transform of a real image."""
+        return fft.fftfreq(self.total[0]), fft.rfftfreq(self.total[1])
+
+
+class Waves(NamedTuple):
+    """The transform of an image of filtered noise, which is continued by its mirror image.
+
+    Attributes
+    ----------
+    room
+        Where the image is.
+    modes
+        The modes of all of the room.
+    """
+
+    room: _Room
+    modes: NDArray[np.complex128]
+
+    @classmethod
+    def of(cls, image: NDArray[np.float64]) -> "Waves":
+        """Transform an image (ny, nx), with room for the reach of the whitening."""
+        ny, nx = image.shape
+        before = min(max(segment_side(image.shape) // 2, 1), ny - 1, nx - 1)
+        total = tuple(fft.next_fast_len(side + 2 * before, real=True) for side in (ny, nx))
+        around = [
+            (before, whole - before - side) for side, whole in zip(image.shape, total, strict=True)
+        ]
+        padded = np.pad(image, around, mode="symmetric")
+        room = _Room(before, (ny, nx), (total[0], total[1]))
+        return cls(room, np.asarray(fft.rfft2(padded, workers=cpu_threads())))
+
+    def whitened(self, spectrum: Spectrum) -> NDArray[np.float64]:
+        """The image made white."""
+        return self._image(_whitener(spectrum, self.room))
+
+    def matched(self, spectrum: Spectrum, beam: Beam) -> tuple[NDArray[np.float64], float]:
+        """Signal-to-noise ratio of a point source at every pixel, and the noise of its peak.
+
+        The matched filter of a source in noise of a known spectrum (Turin 1960, IRE Trans. Inf.
+        Theory 6, 311): the whitened image, correlated with the whitened `beam`.
+        """
+        template, norm = _template(spectrum, self.room, beam)
+        return self._image(template * _whitener(spectrum, self.room)) / norm, 1 / norm
+
+    def _image(self, factor: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The image with its modes multiplied by a factor."""
+        before, (ny, nx), total = self.room
+        image = fft.irfft2(self.modes * factor, total, workers=cpu_threads())
+        return np.asarray(image[before : before + ny, before : before + nx])
+
+
+@functools.lru_cache(maxsize=2)
+def _whitener(spectrum: Spectrum, room: _Room) -> NDArray[np.float64]:
+    return spectrum.whitening(*room.modes)
+
+
+@functools.lru_cache(maxsize=2)
+def _template(spectrum: Spectrum, room: _Room, beam: Beam) -> tuple[NDArray[np.float64], float]:
+    """Transform of the whitened source at unit peak, and the root of its sum of squares."""
+    ky, kx = room.modes
+    template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx)
+    template *= _whitener(spectrum, room)
+    both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
+    both[0] = 1.0
+    if room.total[1] % 2 == 0:
+        both[-1] = 1.0
+    return template, math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
+
+
 def measure_spectrum(
-    image: NDArray[np.float64],
+    waves: Waves,
     valid: NDArray[np.bool_],
     last: Spectrum,
     fitted: NDArray[np.float64] | None = None,
@@ -113,8 +193,8 @@ def measure_spectrum(
 
     Parameters
     ----------
-    image, valid
-        (ny, nx) noise, and where it is; squares that are blank for the most part do not count.
+    waves, valid
+        The noise, and where it is (ny, nx); squares that are blank for the most part do not count.
     last
         An estimate.
     fitted
@@ -126,18 +206,18 @@ def measure_spectrum(
     Spectrum or None
         None if no square is filled.
     """
-    side = segment_side(image.shape)
+    side = segment_side(waves.room.shape)
     if side == 0:
         return None
-    white = whiten(image, last)
-    hann = np.hanning(side + 1)[:-1]
+    white = waves.whitened(last).astype(np.float32)
+    hann = np.hanning(side + 1)[:-1].astype(np.float32)
     hann = hann[:, None] * hann
     full = np.sum(hann**2)
     whole = bool(valid.all())
     powers, shares = [], []
     for y, x in _segments(valid, side):
         part = slice(y, y + side), slice(x, x + side)
-        taper = hann if whole else np.where(valid[part], hann, 0.0)
+        taper = hann if whole else np.where(valid[part], hann, np.float32(0))
         share = full if whole else np.sum(taper**2)
         if share < _FILLED * full:
             continue
@@ -160,7 +240,7 @@ def measure_spectrum(
     return Spectrum(np.maximum(measured, _FLOOR * measured.max()), last.box)
 
 
-def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+def _mean_of_noise(powers: NDArray[np.float32], shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean power per pixel of segments (n, side, side/2 + 1) of `shares` (n,) pixels.
 
     Octave by octave of the wave number, without those segments that hold far more than most: some
@@ -174,7 +254,7 @@ def _mean_of_noise(powers: NDArray[np.float64], shares: NDArray[np.float64]) -> 
     strength /= shares[:, None]
     most = (_OUTLYING + _SCATTER / np.sqrt(modes)) * np.median(strength, axis=0)
     noise = strength <= most
-    total = np.sum(noise[:, octave] * powers, axis=0)
+    total = np.sum(noise[:, octave] * powers, axis=0, dtype=float)
     return np.asarray(total / (shares @ noise)[octave])
 
 
@@ -200,75 +280,3 @@ def _both_halves(half: NDArray[np.float64]) -> NDArray[np.float64]:
     """All modes of the power of a real image, which is the same at k and at -k."""
     mirrored = np.roll(half[::-1, 1:-1], 1, axis=0)[:, ::-1]
     return np.concatenate([half, mirrored], axis=1)
-
-
-class _Room(NamedTuple):
-    """An image in the middle of its own mirror images, as it is transformed."""
-
-    before: int
-    shape: tuple[int, int]
-    total: tuple[int, int]
-
-    @property
-    def modes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Wave numbers (ky, kx) of the transform of a real image."""
-        return fft.fftfreq(self.total[0]), fft.rfftfreq(self.total[1])
-
-    def forth(self, image: NDArray[np.float64]) -> NDArray[np.complex128]:
-        """The transform."""
-        around = [
-            (self.before, total - self.before - side)
-            for side, total in zip(self.shape, self.total, strict=True)
-        ]
-        return np.asarray(fft.rfft2(np.pad(image, around, mode="symmetric")))
-
-    def back(self, waves: NDArray[np.complex128]) -> NDArray[np.float64]:
-        """The image of a transform."""
-        ny, nx = self.shape
-        image = fft.irfft2(waves, self.total)
-        return np.asarray(image[self.before : self.before + ny, self.before : self.before + nx])
-
-
-def _room(shape: tuple[int, ...], spectrum: Spectrum) -> _Room:
-    """Room for the reach of the whitening."""
-    ny, nx = shape
-    before = min(len(spectrum.power) // 2, ny - 1, nx - 1)
-    total = tuple(fft.next_fast_len(side + 2 * before, real=True) for side in (ny, nx))
-    return _Room(before, (ny, nx), (total[0], total[1]))
-
-
-@functools.lru_cache(maxsize=2)
-def _whitener(spectrum: Spectrum, room: _Room) -> NDArray[np.float64]:
-    return spectrum.whitening(*room.modes)
-
-
-@functools.lru_cache(maxsize=2)
-def _template(spectrum: Spectrum, room: _Room, beam: Beam) -> tuple[NDArray[np.float64], float]:
-    """Transform of the whitened source at unit peak, and the root of its sum of squares."""
-    ky, kx = room.modes
-    template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx)
-    template *= _whitener(spectrum, room)
-    both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
-    both[0] = 1.0
-    if room.total[1] % 2 == 0:
-        both[-1] = 1.0
-    return template, math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
-
-
-def whiten(image: NDArray[np.float64], spectrum: Spectrum) -> NDArray[np.float64]:
-    """An image of filtered noise made white; it is continued by its mirror image."""
-    room = _room(image.shape, spectrum)
-    return room.back(room.forth(image) * _whitener(spectrum, room))
-
-
-def matched(
-    white: NDArray[np.float64], spectrum: Spectrum, beam: Beam
-) -> tuple[NDArray[np.float64], float]:
-    """Signal-to-noise ratio of a point source at every pixel, and the noise of its peak.
-
-    The matched filter of a source in noise of a known spectrum (Turin 1960, IRE Trans. Inf. Theory
-    6, 311): the whitened map, correlated with the whitened `beam`.
-    """
-    room = _room(white.shape, spectrum)
-    template, norm = _template(spectrum, room, beam)
-    return room.back(room.forth(white) * template) / norm, 1 / norm

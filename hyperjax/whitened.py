@@ -38,12 +38,11 @@ from hyperjax.spectral import modes
 from hyperjax.spectrum import (
     Beam,
     Spectrum,
+    Waves,
     between_modes,
-    matched,
     measure_spectrum,
     segment_side,
     transform_of_beam,
-    whiten,
 )
 
 ROUGH = FitOptions(ftol=2e-4, max_steps=15)
@@ -201,7 +200,7 @@ def first_noise(field: Field) -> Noise | None:
     scale = scale * _local_noise(field, image / scale)
     if not np.all(scale > _LEAST_NOISE * np.abs(image).max()):
         return None
-    unit = np.clip(image / scale, -_CLIP_SIGMA, _CLIP_SIGMA)
+    unit = Waves.of(np.clip(image / scale, -_CLIP_SIGMA, _CLIP_SIGMA))
     spectrum: Spectrum | None = Spectrum.white(field.box)
     for _ in range(_FIRST_ROUNDS):
         if spectrum is None:
@@ -212,7 +211,7 @@ def first_noise(field: Field) -> Noise | None:
 
 def updated_noise(field: Field, noise: Noise, fits: SourceFits, left: NDArray[np.float64]) -> Noise:
     """Noise of a map without the fitted sources, of which that is `left`."""
-    unit = left / noise.scale
+    unit = Waves.of(left / noise.scale)
     fitted = fitted_power(field, noise, fits)
     spectrum = measure_spectrum(unit, field.inner, noise.spectrum, fitted) or noise.spectrum
     return _normalised(field, Noise(noise.scale, spectrum), unit, fitted)
@@ -221,12 +220,11 @@ def updated_noise(field: Field, noise: Noise, fits: SourceFits, left: NDArray[np
 def _normalised(
     field: Field,
     noise: Noise,
-    unit: NDArray[np.float64],
+    unit: Waves,
     fitted: NDArray[np.float64] | None = None,
 ) -> Noise:
     """The noise, so that the matched filter's own is 1 everywhere, with what was `fitted` away."""
-    white = np.where(field.valid, whiten(unit, noise.spectrum), 0.0)
-    snr, _ = matched(white, noise.spectrum, field.beam)
+    snr, _ = unit.matched(noise.spectrum, field.beam)
     found = _local_noise(field, snr)
     if fitted is not None:
         k = fft.fftfreq(len(fitted))
@@ -261,14 +259,14 @@ def pixel_rms(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float6
     return noise.scale * clipped_rms(np.where(field.inner, unit, np.nan))
 
 
-def white_residual(field: Field, noise: Noise, fits: SourceFits | None) -> NDArray[np.float64]:
-    """What the sources leave of the map, whitened: noise of unit variance, 0 where blank."""
-    return whitened(field, noise, filtered(field, fits))
+def waves_of(noise: Noise, left: NDArray[np.float64]) -> Waves:
+    """What is left of the filtered map, in units of the noise, as its transform."""
+    return Waves.of(left / noise.scale)
 
 
-def whitened(field: Field, noise: Noise, left: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What is left of the filtered map, whitened."""
-    return np.where(field.valid, whiten(left / noise.scale, noise.spectrum), 0.0)
+def whitened(field: Field, noise: Noise, waves: Waves) -> NDArray[np.float64]:
+    """What is left of the filtered map, whitened: noise of unit variance, 0 where blank."""
+    return np.where(field.valid, waves.whitened(noise.spectrum), 0.0)
 
 
 def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
@@ -535,7 +533,7 @@ def sweep(
     for now in range(np.max(turn, initial=-1) + 1):
         if now or left is None:
             left = filtered(field, fits)
-        white = whitened(field, noise, left)
+        white = whitened(field, noise, waves_of(noise, left))
         for which in buckets(placed, wanted & (turn == now)).values():
             data = window_data(white, field, noise, fits, placed, which)
             fitted += _fit_bucket(field, noise, data, fits, placed, which, options)

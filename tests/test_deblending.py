@@ -10,7 +10,7 @@ from hyperjax.deblending import Peaks, Verdict, better_sources, halves, merged
 from hyperjax.fitting import FitOptions
 from hyperjax.sources import SourceFits, render_sources
 from hyperjax.spectrum import Spectrum
-from hyperjax.whitened import Field, Noise, sweep, white_residual
+from hyperjax.whitened import Field, Noise, filtered, sweep, waves_of, whitened
 
 BEAM = (1.7**2, 0.0, 1.7**2)
 FIELD = Field(np.zeros((61, 71)), BEAM, 41, Config())
@@ -66,7 +66,7 @@ def seen(true: NDArray, started: NDArray, peaks: Peaks = NO_PEAKS) -> tuple[Verd
     field = Field(image + np.random.default_rng(8).normal(size=image.shape), BEAM, 41, Config())
     begun = SourceFits.guess(np.array(started))
     fits = sweep(field, noise, begun, FitOptions()).fits
-    white = white_residual(field, noise, fits)
+    white = whitened(field, noise, waves_of(noise, filtered(field, fits)))
     settled = np.zeros(len(started), bool)
     return better_sources(field, noise, white, fits, settled, peaks), fits
 

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from hyperjax.detection import high_pass
 from hyperjax.noise import local_rms
-from hyperjax.spectrum import Spectrum, matched, measure_spectrum, segment_side, whiten
+from hyperjax.spectrum import Spectrum, Waves, measure_spectrum, segment_side
 
 SHAPE = (300, 340)
 
@@ -35,7 +35,7 @@ def spectrum_of(image: NDArray, valid: NDArray | None = None) -> Spectrum:
     valid = everywhere(image) if valid is None else valid
     found = Spectrum.white(0)
     for _ in range(2):
-        measured = measure_spectrum(np.where(valid, image, 0), valid, found)
+        measured = measure_spectrum(Waves.of(np.where(valid, image, 0)), valid, found)
         assert measured is not None
         found = measured
     return found
@@ -69,7 +69,7 @@ def test_noise_that_depends_on_the_direction() -> None:
 @pytest.mark.parametrize("slope", [1.0, 2.5])
 def test_whitened_noise_is_white(slope: float) -> None:
     image = coloured(3, slope=slope)
-    white = whiten(image, spectrum_of(image))
+    white = Waves.of(image).whitened(spectrum_of(image))
     assert np.std(white) == pytest.approx(1, abs=0.03)
     assert abs(np.mean(white[1:] * white[:-1])) < 0.03
     assert abs(np.mean(white[:, 1:] * white[:, :-1])) < 0.03
@@ -81,7 +81,7 @@ def test_the_matched_filter_has_unit_noise_and_the_right_peak(
 ) -> None:
     """The peak's noise is 1 / sqrt(sum |B|^2 / P), with the true power P and the transform B."""
     image, (xx, xy, yy) = coloured(4), beam
-    snr, error = matched(whiten(image, spectrum_of(image)), spectrum_of(image), beam)
+    snr, error = Waves.of(image).matched(spectrum_of(image), beam)
     assert np.std(snr) == pytest.approx(1, abs=0.05)
     ky, kx = np.meshgrid(fft.fftfreq(512), fft.fftfreq(512), indexing="ij")
     y, x = np.indices((512, 512)) - 256
@@ -92,7 +92,7 @@ def test_the_matched_filter_has_unit_noise_and_the_right_peak(
     assert error == pytest.approx(expected, rel=0.05)
     source = np.zeros(SHAPE)
     source[120:181, 90:151] = 50 * np.exp(-exponent / 2)[226:287, 226:287]
-    both = matched(whiten(image + source, spectrum_of(image)), spectrum_of(image), beam)[0]
+    both = Waves.of(image + source).matched(spectrum_of(image), beam)[0]
     assert (both - snr)[150, 120] * error == pytest.approx(50, rel=0.02)
 
 
@@ -100,7 +100,7 @@ def test_the_filter_is_a_part_of_what_happens_to_sources() -> None:
     """The transfer holds the high-pass filter, whose noise the spectrum is of."""
     box = 41
     filtered = high_pass(np.random.default_rng(5).normal(size=SHAPE), box)
-    found = measure_spectrum(filtered, everywhere(filtered), Spectrum.white(box))
+    found = measure_spectrum(Waves.of(filtered), everywhere(filtered), Spectrum.white(box))
     assert found is not None
     k = np.array([0.0, 1 / 64, 3 / 64, 0.2])
     transfer = found.transfer(k, np.array([0.1]))[:, 0]
@@ -114,8 +114,8 @@ def test_power_that_was_fitted_away_is_put_back() -> None:
     image = np.random.default_rng(6).normal(size=SHAPE)
     side = segment_side(SHAPE)
     share = np.full((side, side), 0.2)
-    plain = measure_spectrum(image, everywhere(image), Spectrum.white(0))
-    filled = measure_spectrum(image, everywhere(image), Spectrum.white(0), share)
+    plain = measure_spectrum(Waves.of(image), everywhere(image), Spectrum.white(0))
+    filled = measure_spectrum(Waves.of(image), everywhere(image), Spectrum.white(0), share)
     assert plain is not None
     assert filled is not None
     assert_allclose(filled.power, plain.power / 0.8, rtol=1e-12)
@@ -124,9 +124,9 @@ def test_power_that_was_fitted_away_is_put_back() -> None:
 def test_what_is_too_small_or_blank_has_no_spectrum() -> None:
     small = np.random.default_rng(7).normal(size=(40, 200))
     assert segment_side(small.shape) == 0
-    assert measure_spectrum(small, everywhere(small), Spectrum.white(0)) is None
+    assert measure_spectrum(Waves.of(small), everywhere(small), Spectrum.white(0)) is None
     large = np.random.default_rng(8).normal(size=SHAPE)
-    assert measure_spectrum(large, ~everywhere(large), Spectrum.white(0)) is None
+    assert measure_spectrum(Waves.of(large), ~everywhere(large), Spectrum.white(0)) is None
 
 
 def test_the_local_noise() -> None:
