@@ -222,16 +222,14 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         return None
     box = _spectral_filter(map)
     if box is None:
-        _warn_of_white(map, config, "is too small for the spectrum of its noise, or its beam is")
+        _warn_of_white(map, "is too small for the spectrum of its noise, or its beam is")
         return None
     with timed(seconds, "fit", map.name):
         (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
         field = Field(map.data, (xx, xy, yy), box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
-        _warn_of_white(
-            map, config, "is blank for the most part, or without noise: there is no spectrum"
-        )
+        _warn_of_white(map, "is blank for the most part, or without noise: there is no spectrum")
         return None
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):
@@ -269,10 +267,14 @@ def _spectral_filter(map: Map) -> int | None:
     return 2 * int(_SPECTRAL_FILTER_FWHM / 2 * fwhm) + 1
 
 
-def _warn_of_white(map: Map, config: Config, why: str) -> None:
-    """Say that a map cannot have what `noise.model` asks for."""
-    told = logger.warning if config.noise.model == "correlated" else logger.info
-    told("%s: the map %s; pixels are taken as independent", map.path or map.name, why)
+def _warn_of_white(map: Map, why: str) -> None:
+    """Say that the spectrum of a map's noise cannot be had."""
+    logger.warning(
+        "%s: the map %s; sources are fitted as if the noise of its pixels were independent "
+        "(as with noise.model: white)",
+        map.path or map.name,
+        why,
+    )
 
 
 def _detections(

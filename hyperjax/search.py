@@ -35,6 +35,7 @@ from hyperjax.whitened import (
     filtered,
     first_noise,
     fit_new,
+    is_cut,
     sweep,
     updated_noise,
     waves_of,
@@ -47,6 +48,7 @@ _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _NOISES = 3  # times that the noise is measured while sources are added
+_MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
 _ROUNDS = 2  # of changes in the same noise
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
@@ -68,31 +70,44 @@ def find_sources(field: Field) -> Found | None:
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, waves_of(noise, filtered(field, None)), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
-    settled = np.zeros(len(fits.x), bool)
-    for number in range(_NOISES):
-        left = filtered(field, fits)
-        noise = updated_noise(field, noise, fits, left)
-        fits = sweep(field, noise, fits, ROUGH, left).fits
-        keep = _is_source(field, fits, threshold if number else 0.0)
-        fits, settled, changes = _searched(
-            field, noise, fits.take(np.flatnonzero(keep)), settled[keep]
-        )
-        logger.debug("noise %d: %d changes", number, changes)
-        if number and changes == 0:
-            break
-    else:
-        noise = updated_noise(field, noise, fits, filtered(field, fits))
     asked = field.config.fit_options
     options = FitOptions(
         ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
     )
-    while True:
+    settled, final = np.zeros(len(fits.x), bool), False
+    for number in range(_NOISES):
+        left = filtered(field, fits)
+        noise = updated_noise(field, noise, fits, left)
+        swept = sweep(field, noise, fits, options if number else ROUGH, left)
+        moved = _moved(fits, swept.fits)
+        keep = _is_source(field, swept.fits, threshold if number else 0.0)
+        fits, settled, changes = _searched(
+            field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
+        )
+        logger.debug("noise %d: %d changes, moved by %.2f sigma", number, changes, moved)
+        if number and changes == 0:
+            final = bool(keep.all()) and moved < _MOST_MOVED and not is_cut(field, fits).any()
+            break
+    else:
+        noise = updated_noise(field, noise, fits, filtered(field, fits))
+    while not final:
         swept = sweep(field, noise, filled_in(field, noise, fits), options)
         keep = _is_source(field, swept.fits, threshold)
-        if keep.all():
-            return Found(*swept, noise)
-        fits = swept.fits.take(np.flatnonzero(keep))
-        noise = updated_noise(field, noise, fits, filtered(field, fits))
+        final = bool(keep.all())
+        if not final:
+            fits = swept.fits.take(np.flatnonzero(keep))
+            noise = updated_noise(field, noise, fits, filtered(field, fits))
+    return Found(*swept, noise)
+
+
+def _moved(before: SourceFits, after: SourceFits) -> float:
+    """The most that peaks and positions of the same sources have changed, in their errors."""
+    error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :3])
+    change = np.abs([after.peak - before.peak, after.x - before.x, after.y - before.y]).T
+    known = np.isfinite(error) & (error > 0)
+    return float(
+        np.max(np.divide(change, error, out=np.zeros_like(change), where=known), initial=0)
+    )
 
 
 def _searched(

@@ -151,7 +151,7 @@ class Waves(NamedTuple):
         Theory 6, 311): the whitened image, correlated with the whitened `beam`.
         """
         template, norm = _template(spectrum, self.room, beam)
-        return self._image(template * _whitener(spectrum, self.room)) / norm, 1 / norm
+        return self._image(template) / norm, 1 / norm
 
     def _image(self, factor: NDArray[np.float64]) -> NDArray[np.float64]:
         """The image with its modes multiplied by a factor."""
@@ -167,15 +167,15 @@ def _whitener(spectrum: Spectrum, room: _Room) -> NDArray[np.float64]:
 
 @functools.lru_cache(maxsize=2)
 def _template(spectrum: Spectrum, room: _Room, beam: Beam) -> tuple[NDArray[np.float64], float]:
-    """Transform of the whitened source at unit peak, and the root of its sum of squares."""
-    ky, kx = room.modes
-    template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx)
-    template *= _whitener(spectrum, room)
+    """Whitening, times the transform of the whitened source at unit peak; its norm."""
+    (ky, kx), whitener = room.modes, _whitener(spectrum, room)
+    template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx) * whitener
     both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
     both[0] = 1.0
     if room.total[1] % 2 == 0:
         both[-1] = 1.0
-    return template, math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
+    norm = math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
+    return template * whitener, norm
 
 
 def measure_spectrum(

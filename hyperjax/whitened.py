@@ -497,10 +497,15 @@ def _bounds(
 # --- One sweep --------------------------------------------------------------------------------
 
 
+def is_cut(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
+    """Whether blank pixels cut into a source (n,)."""
+    return np.asarray(valid_share(field, fits) < _WHOLE)
+
+
 def filled_in(field: Field, noise: Noise, fits: SourceFits) -> SourceFits:
     """Fit the sources that blank pixels cut into, until what is filled in there is their model."""
     for _ in range(_CUT_SWEEPS):
-        cut = valid_share(field, fits) < _WHOLE
+        cut = is_cut(field, fits)
         if not cut.any():
             break
         fits = sweep(field, noise, fits, ROUGH, among=cut).fits
