@@ -35,7 +35,7 @@ from hyperjax.rms_map import with_rms_map
 from hyperjax.search import find_sources
 from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
 from hyperjax.spectrum import segment_side
-from hyperjax.whitened import Field, pixel_rms, significance
+from hyperjax.whitened import Field, significance
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +133,9 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
             fits, found = placed.all_rows(fits, found)
             shapes = placed.apertures(fits)
             order = np.arange(len(fits.x)) if placed.at_positions else order
-        ratio, correlation = config.photometry.fwhm_radius_ratio, measured.correlation
+        ratio = config.photometry.fwhm_radius_ratio
         apertures = aperture_photometry(
-            measured.residual, fits, measured.rms, ratio, correlation, shapes
+            measured.residual, fits, measured.rms, ratio, measured.summed, shapes
         )
     with timed(seconds, "catalogue", map.name):
         found = Detections(*(column[order] for column in found))
@@ -155,7 +155,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         covariances = measured.covariances(rows) if config.fit_options.calc_covar else None
         catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
         catalog.meta["noise_model"] = measured.noise_model
-        catalog.meta["noise_correlation_fwhm_pix"] = correlation.fwhm_pix
+        catalog.meta["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
     if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
             logger.info("%s: %s", map.name, line)
@@ -180,7 +180,9 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
 class _Measured:
     """Sources of a map, in either way, and what they were found in and leave of it.
 
-    `covariances` takes the row in the catalogue of each source. See `Extraction` for the images.
+    `correlation` is that of the residual, as it is told, and `summed` that which errors of sums
+    over apertures take. `covariances` takes the row in the catalogue of each source. See
+    `Extraction` for the images.
     """
 
     fits: SourceFits
@@ -190,6 +192,7 @@ class _Measured:
     residual: NDArray[np.float64]
     rms: NDArray[np.float64]
     correlation: Correlation
+    summed: Correlation
     noise_model: str
     covariances: Callable[[NDArray[np.int_]], list[GroupCovariance] | None]
     separate: NDArray[np.float64] | None = None
@@ -233,12 +236,13 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         return None
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):
-        size = _filter_size(map, config)
+        size = min(_filter_size(map, config), box)
         model = render_sources(map.shape, fits)
         passed = HighPass(field.valid, size)
         residual = passed(map.data - model)
         background = map.data - model - residual
-        rms = np.where(field.valid, pixel_rms(field, noise, fits), np.nan)
+        unit = np.where(field.inner, residual / noise.scale, np.nan)
+        rms = np.where(field.valid, noise.scale * clipped_rms(unit), np.nan)
         fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
         found = _detections(fits, rms, passed(map.data), map, config)
     with timed(seconds, "errors", map.name):
@@ -251,6 +255,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         residual=residual,
         rms=rms,
         correlation=correlation,
+        summed=noise.spectrum.correlation(size, math.ceil(_REACH_FWHM * map.beam_fwhm_pix)),
         noise_model="correlated",
         covariances=functools.partial(block_covariances, sources.blocks),
     )
@@ -331,6 +336,7 @@ def _by_pixels(
         residual=residual,
         rms=noise,
         correlation=correlation,
+        summed=correlation,
         noise_model="white",
         covariances=lambda rows: modelled and group_covariances(modelled, rows),
         separate=separate,

@@ -7,13 +7,14 @@ cycles per pixel.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
+from hyperjax.noise import Correlation
 from hyperjax.runtime import cpu_threads
 
 Beam = tuple[float, float, float]
@@ -59,6 +60,20 @@ class Spectrum:
     def transfer(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes of an image are multiplied by that has not been filtered."""
         return self.high_pass(ky, kx) * self.whitening(ky, kx)
+
+    def correlation(self, box: int, reach: int) -> Correlation:
+        """That of the noise after a filter with another box, for offsets up to `reach`.
+
+        The box is not larger than its own: what one takes away another cannot bring back.
+        """
+        side = len(self.power)
+        k = fft.fftfreq(side)
+        there, wanted = self.high_pass(k, k), replace(self, box=box).high_pass(k, k)
+        passed = np.divide(wanted, there, out=np.ones_like(there), where=there > 0)
+        values = fft.fftshift(fft.ifft2(self.power * passed**2).real)
+        middle, reach = side // 2, min(reach, side // 2 - 1)
+        near = slice(middle - reach, middle + reach + 1)
+        return Correlation(values[near, near] / values[middle, middle])
 
     def high_pass(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the filter multiplies the modes of an image by."""

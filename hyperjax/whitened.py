@@ -253,12 +253,6 @@ def filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
     return np.nan_to_num(field.high_pass(left)) * field.taper
 
 
-def pixel_rms(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.float64]:
-    """Standard deviation (ny, nx) of a pixel of the filtered map without sources, Jy/beam."""
-    unit = filtered(field, fits) / noise.scale
-    return noise.scale * clipped_rms(np.where(field.inner, unit, np.nan))
-
-
 def waves_of(noise: Noise, left: NDArray[np.float64]) -> Waves:
     """What is left of the filtered map, in units of the noise, as its transform."""
     return Waves.of(left / noise.scale)

@@ -110,6 +110,21 @@ def test_the_filter_is_a_part_of_what_happens_to_sources() -> None:
     assert along == pytest.approx((1 - mean) * found.whitening(np.zeros(1), np.array([1 / 64])))
 
 
+def test_the_correlation_is_that_of_the_filtered_noise() -> None:
+    """White noise after a smaller box: 1 - 2 B + B * B, with the mean B over the box."""
+    noise, wide, narrow = np.random.default_rng(9).normal(size=(500, 500)), 41, 11
+    filtered = high_pass(noise, wide)
+    found = measure_spectrum(Waves.of(filtered), everywhere(filtered), Spectrum.white(wide))
+    assert found is not None
+    rho = found.correlation(narrow, 8)
+    assert rho.reach == 8
+    offset = np.arange(-8, 9)
+    box, both = (np.abs(offset) <= narrow // 2) / narrow, (narrow - np.abs(offset)) / narrow**2
+    expected = -2 * np.outer(box, box) + np.outer(both, both)
+    expected[8, 8] += 1
+    assert_allclose(rho.values, expected / expected[8, 8], atol=0.01)
+
+
 def test_power_that_was_fitted_away_is_put_back() -> None:
     image = np.random.default_rng(6).normal(size=SHAPE)
     side = segment_side(SHAPE)
