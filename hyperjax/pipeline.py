@@ -223,7 +223,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
     if config.of_pixels:
         logger.info("%s: fitted pixel by pixel, as %s asks for it", map.name, config.of_pixels[0])
         return None
-    box = _spectral_filter(map)
+    size, box = _filter_size(map, config), _spectral_filter(map)
     if box is None:
         _warn_of_white(map, "is too small for the spectrum of its noise, or its beam is")
         return None
@@ -236,8 +236,8 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         return None
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):
-        size = min(_filter_size(map, config), box)
         model = render_sources(map.shape, fits)
+        size = min(size, box)
         passed = HighPass(field.valid, size)
         residual = passed(map.data - model)
         background = map.data - model - residual
