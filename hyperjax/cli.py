@@ -514,7 +514,9 @@ def plot(
         layout = Layout.from_config(config, output_folder(config) if is_config else results)
         maps = names or finished_maps(layout)
         if not maps:
-            raise MissingFileError(f"{layout.images}: no finished map there")
+            raise MissingFileError(
+                f"{layout.images}: no finished map there; give the output folder of a finished run"
+            )
         pictures = draw_again(layout, config, maps, _numbers(ids), _kinds(kinds))
         for path in pictures:
             typer.echo(_short(path.absolute()))

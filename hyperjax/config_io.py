@@ -211,7 +211,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_TextLoader)
     except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such configuration file") from None
+        raise MissingFileError(
+            f"{path}: no such configuration file; `hyperjax init {path}` writes one"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

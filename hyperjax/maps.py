@@ -684,7 +684,7 @@ def read_map(
         If no pixel is finite, or all are equal.
     """
     path = Path(path)
-    with _mended_headers_unsaid():
+    with mended_headers_unsaid():
         header, wcs, data = _read_image(path, hdu)
     return map_of_plane(
         path,
@@ -723,7 +723,7 @@ def map_of_plane(
     unit, beam_fwhm_arcsec, survey_code, frequency_ghz
         As in `read_map`.
     """
-    with _mended_headers_unsaid():
+    with mended_headers_unsaid():
         celestial, frame = _celestial(wcs, data.shape, path)
         beam = beam or _beam(header, path, beam_fwhm_arcsec, survey_code)
         native_unit = _unit(header, path, unit)
@@ -772,7 +772,7 @@ def read_noise(
     path : path-like
         A FITS file.
     like : Map
-        The map.
+        The map. An image without coordinates has those of the map, pixel by pixel.
     hdu : int or str, optional
         Number (0 is the primary) or name of the HDU; the first with an image if not given.
     kind : str
@@ -794,8 +794,8 @@ def read_noise(
         somewhere.
     """
     path = Path(path)
-    with _mended_headers_unsaid():
-        header, wcs, data = _read_image(path, hdu, constant=True)
+    with mended_headers_unsaid():
+        header, wcs, data = _read_image(path, hdu, like)
         celestial, _ = _celestial(wcs, data.shape, path)
         _refuse_other_grid(path, celestial, data.shape, like)
         data[~np.isfinite(like.data)] = np.nan
@@ -858,7 +858,7 @@ def _refuse_other_grid(path: Path, wcs: WCS, shape: tuple[int, ...], like: Map) 
 
 
 @contextmanager
-def _mended_headers_unsaid() -> Iterator[None]:
+def mended_headers_unsaid() -> Iterator[None]:
     """Ignore the warnings of headers that astropy could mend or do without."""
     with warnings.catch_warnings():
         for category in (AstropyUserWarning, FITSFixedWarning, u.UnitsWarning):
@@ -896,24 +896,28 @@ def _reason(error: Exception) -> str:
 
 
 def _read_image(
-    path: Path, hdu: int | str | None, constant: bool = False
+    path: Path, hdu: int | str | None, like: Map | None = None
 ) -> tuple[fits.Header, WCS, FloatArray]:
     """Header, full coordinates and celestial plane (as stored, but longitude first) of an image.
 
-    It may have one and the same value everywhere if `constant`.
+    An image that belongs to a map may have one and the same value everywhere, and without
+    coordinates of its own has those of the map.
     """
     if not path.is_file():
         fault = "is a folder, not a map" if path.is_dir() else "no such file"
         raise MissingFileError(f"{path}: {fault}; give the path of a FITS file")
     with open_map(path) as hdus:
         image = hdu_of_image(hdus, path, hdu)
-        wcs = full_wcs(image.header, hdus, path)
-        rows, columns = _celestial_axes(image.shape, wcs, path)
+        if like is not None and "CTYPE1" not in image.header:
+            wcs, rows, columns = like.wcs, len(image.shape) - 2, len(image.shape) - 1
+        else:
+            wcs = full_wcs(image.header, hdus, path)
+            rows, columns = _celestial_axes(image.shape, wcs, path)
         with _fits_errors(path):
             plane = _plane(image.data, rows, columns)
         header = image.header
     plane[np.isinf(plane)] = np.nan
-    if not constant or np.isnan(plane).all():
+    if like is None or np.isnan(plane).all():
         _refuse_blank(plane, path)
     return header, wcs, plane
 

@@ -227,8 +227,17 @@ def _isolated(
         bright = bright.take(distance >= NEAR_FWHM * field.fwhm_pix)
         bright = bright.take(_stand_out(field, fits, bright))
     new = fit_new(field, noise, white, _as_sources(field, bright))
-    is_compact = new.sigma_major < ON_BOUND * field.largest_pix
-    return new.take(np.flatnonzero(_is_source(field, new, threshold) & is_compact))
+    is_source = _is_source(field, new, threshold)
+    is_source &= new.sigma_major < ON_BOUND * field.largest_pix
+    for x, y, snr in zip(*(column[~is_source] for column in bright[:3]), strict=True):
+        logger.debug(
+            "no source of %.1f sigma or more at the peak of %.1f at (%.1f, %.1f)",
+            threshold,
+            snr,
+            x,
+            y,
+        )
+    return new.take(np.flatnonzero(is_source))
 
 
 def _stand_out(field: Field, fits: SourceFits, peaks: Peaks) -> NDArray[np.bool_]:

@@ -32,7 +32,14 @@ from hyperjax.cutouts import KINDS, Scene, cutouts, hdus, header_of, scene_of
 from hyperjax.errors import ConfigError, MissingFileError, OutputError
 from hyperjax.files import atomic_path
 from hyperjax.forced import pixel_axes, place, read_sources
-from hyperjax.maps import Beam, Map, brightness_unit, local_geometry, pixel_area_map
+from hyperjax.maps import (
+    Beam,
+    Map,
+    brightness_unit,
+    local_geometry,
+    mended_headers_unsaid,
+    pixel_area_map,
+)
 from hyperjax.products import SCALE_KEY
 from hyperjax.sources import SourceFits
 
@@ -233,7 +240,10 @@ def draw_again(
         written += _draw(scene, pictures, wanted if len(wanted) else None)
     missing = sorted(set(wanted.tolist()) - found)
     if missing:
-        raise ConfigError(f"{layout.tables}: no source {', '.join(map(str, missing))} (HYPER_ID)")
+        raise ConfigError(
+            f"{layout.tables}: no source {', '.join(map(str, missing))}; sources go by their "
+            f"HYPER_ID, which is 1 to {max(found, default=0)} there"
+        )
     return written
 
 
@@ -285,7 +295,8 @@ def _map_of(path: Path, name: str, catalog: QTable) -> Map:
     """The map that an image was made from, its data not yet."""
     with fits.open(path) as file:
         header, shape = file[0].header, file[0].shape
-    wcs, meta = WCS(header), catalog.meta
+    with mended_headers_unsaid():
+        wcs, meta = WCS(header), catalog.meta
     beam = Beam(
         meta["beam_major_arcsec"],
         meta["beam_minor_arcsec"],

@@ -372,7 +372,10 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"none\.yaml: no such configuration file$"):
+    with pytest.raises(
+        MissingFileError,
+        match=r"none\.yaml: no such configuration file; `hyperjax init .*none\.yaml` writes one$",
+    ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory$"):
         load_config(tmp_path)

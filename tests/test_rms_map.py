@@ -208,6 +208,17 @@ def test_the_noise_in_an_extension_of_the_map(sky: Sky) -> None:
         extract(replace(sky.image, path=None), config)
 
 
+def test_noise_without_coordinates_lies_on_the_pixels_of_the_map(sky: Sky) -> None:
+    path = sky.folder / "bare.fits"
+    hdus = [fits.PrimaryHDU(sky.image.data, sky.simulated.header), fits.ImageHDU(NOISE)]
+    fits.HDUList(hdus).writeto(path, overwrite=True)
+    assert_allclose(read_noise(path, read_map(path), 1), NOISE)
+    other = sky.folder / "cut.fits"
+    fits.HDUList([hdus[0], fits.ImageHDU(NOISE[1:])]).writeto(other, overwrite=True)
+    with pytest.raises(RmsMapError, match="310 x 309 pixels"):
+        read_noise(other, read_map(other), 1)
+
+
 @pytest.mark.parametrize("filling", [0.0, -1.0])
 @pytest.mark.parametrize("model", ["auto", "white"])
 def test_what_the_noise_is_where_the_map_is_blank_does_not_matter(

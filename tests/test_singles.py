@@ -221,7 +221,7 @@ def test_the_command_plot_draws_what_is_asked_for(finished: Finished) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--id", "999"], "no source 999 (HYPER_ID)"),
+        (["--id", "999"], "no source 999; sources go by their HYPER_ID, which is 1 to"),
         (["--id", "x"], "--id x: must be whole numbers"),
         (["--kind", "y"], "--kind y: must be some of fitting, deblended, bg_separate"),
         (["--map", "z"], "not there, or not a finished run"),
