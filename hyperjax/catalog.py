@@ -140,7 +140,13 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("POLYN", int, None, "Order of the polynomial background, -1 for none"),
     Column("NMSE", float, None, "Normalised mean squared error of the group's fit"),
-    Column("CHI2_RED", float, None, "Reduced chi-square of the group's fit"),
+    Column(
+        "CHI2_RED",
+        float,
+        None,
+        "Reduced chi-square of the group's fit; below 1 where the noise is smoother than the floor "
+        "of its spectrum, which leaves the errors as they are",
+    ),
     Column("BIC", float, None, "Bayesian information criterion of the group's fit"),
     Column(
         "FWHM_1",

@@ -53,7 +53,7 @@ class Correlation:
         profile = np.append(_radial_profile(self.values), 0.0)
         below = int(np.argmax(profile < 0.5))
         inner, outer = profile[below - 1], profile[below]
-        return 0.0 if self.is_white else 2 * (below - 1 + (inner - 0.5) / (inner - outer))
+        return 0.0 if self.is_white else float(2 * (below - 1 + (inner - 0.5) / (inner - outer)))
 
 
 def clipped_rms(data: NDArray[np.float64]) -> float:

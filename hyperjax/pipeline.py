@@ -208,11 +208,15 @@ def _summary(measured: _Measured, count: int, seconds: dict[str, float]) -> str:
     """One line for the log."""
     rms = float(np.nanmedian(measured.rms))
     width = measured.correlation.fwhm_pix
-    shared = f"correlated over {width:.1f} pixels" if width else "white"
+    shared = f"correlated over {width:.1f} pixels" if width else "of independent pixels"
+    spectrum = (
+        "with the spectrum of the noise"
+        if measured.noise_model == "correlated"
+        else "pixel by pixel"
+    )
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
     return (
-        f"noise {rms:.4g} Jy/beam, {shared}, taken for {measured.noise_model}; "
-        f"{counted(count, 'source')} ({took})"
+        f"noise {rms:.4g} Jy/beam, {shared}; fitted {spectrum}; {counted(count, 'source')} ({took})"
     )
 
 
