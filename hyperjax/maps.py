@@ -812,8 +812,8 @@ def read_noise(
             of_zero = "negative" if kind == "weight" else "zero or negative"
             raise RmsMapError(
                 f"{path}: the {kind} map of the noise is {of_zero} in {wrong.sum()} pixels where "
-                "the map has data; name the extension of the noise (noise.rms_hdu), or give positive "
-                "values, or NaN where the map is not to be used"
+                "the map has data; name the extension of the noise (noise.rms_hdu), or give "
+                "positive values, or NaN where the map is not to be used"
             )
         if kind == "weight":
             return np.asarray(np.sqrt(np.median(data[seen]) / data))
