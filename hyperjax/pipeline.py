@@ -236,7 +236,9 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         field = Field(map.data, (xx, xy, yy), box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
-        _warn_of_white(map, "is blank for the most part, or without noise: there is no spectrum")
+        _warn_of_white(
+            map, "is blank for the most part, or without noise beside its brightest pixel"
+        )
         return None
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):

@@ -2,7 +2,7 @@
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
 left is searched for more, twice if anything was added; and so again, until nothing is added, or
-three times.
+three times. In the last noise all sources are fitted until none moves.
 """
 
 import logging
@@ -49,6 +49,7 @@ _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _NOISES = 3  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
+_SWEEPS = 8  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
@@ -74,40 +75,53 @@ def find_sources(field: Field) -> Found | None:
     options = FitOptions(
         ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
     )
-    settled, final = np.zeros(len(fits.x), bool), False
+    settled = np.zeros(len(fits.x), bool)
     for number in range(_NOISES):
         left = filtered(field, fits)
         noise = updated_noise(field, noise, fits, left)
         swept = sweep(field, noise, fits, options if number else ROUGH, left)
-        moved = _moved(fits, swept.fits)
+        moving = _moving(fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
         fits, settled, changes = _searched(
             field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
         )
-        logger.debug("noise %d: %d changes, moved by %.2f sigma", number, changes, moved)
+        logger.debug("noise %d: %d changes, %d sources moved", number, changes, moving.sum())
         if number and changes == 0:
-            final = bool(keep.all()) and moved < _MOST_MOVED and not is_cut(field, fits).any()
+            if keep.all() and not (moving | is_cut(field, fits)).any():
+                return Found(*swept, noise)
             break
     else:
         noise = updated_noise(field, noise, fits, filtered(field, fits))
-    while not final:
-        swept = sweep(field, noise, filled_in(field, noise, fits), options)
-        keep = _is_source(field, swept.fits, threshold)
-        final = bool(keep.all())
-        if not final:
+    return _settled(field, noise, fits, options)
+
+
+def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) -> Found:
+    """Fit all sources until none moves, without those that turn out to be none.
+
+    Those that still move after `_SWEEPS` times have not converged.
+    """
+    sweeps = 0
+    while True:
+        before = filled_in(field, noise, fits)
+        swept = sweep(field, noise, before, options)
+        keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
+        if not keep.all():
             fits = swept.fits.take(np.flatnonzero(keep))
             noise = updated_noise(field, noise, fits, filtered(field, fits))
-    return Found(*swept, noise)
+            continue
+        moving, sweeps = _moving(before, swept.fits), sweeps + 1
+        logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
+        if not moving.any() or sweeps == _SWEEPS:
+            swept.fits.status[moving] = 0
+            return Found(*swept, noise)
+        fits = swept.fits
 
 
-def _moved(before: SourceFits, after: SourceFits) -> float:
-    """The most that peaks and positions of the same sources have changed, in their errors."""
+def _moving(before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:
+    """Whether the peak or the position of a source (n,) has changed by much of its error."""
     error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :3])
     change = np.abs([after.peak - before.peak, after.x - before.x, after.y - before.y]).T
-    known = np.isfinite(error) & (error > 0)
-    return float(
-        np.max(np.divide(change, error, out=np.zeros_like(change), where=known), initial=0)
-    )
+    return np.asarray((change > _MOST_MOVED * error).any(axis=1))
 
 
 def _searched(

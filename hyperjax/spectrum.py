@@ -22,6 +22,7 @@ Beam = tuple[float, float, float]
 
 _SEGMENTS = 128, 64, 32  # sides of the squares that the spectrum is averaged over: the largest fits
 _LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
+_RING_OCTAVES = 0.5  # standard deviation of the bell that power is averaged over in rings
 _FLOOR = 1e-4  # of the peak of the power
 _OUTLYING = 1.5  # power of a segment, of the median's, from which it holds more than noise
 _SCATTER = 8.0  # what is added to that where there are few modes, over the root of their number
@@ -52,6 +53,15 @@ class Spectrum:
     def white(cls, box: int) -> "Spectrum":
         """Noise of unit variance, independent from pixel to pixel."""
         return cls(np.ones((2, 2)), box)
+
+    def in_rings(self) -> "Spectrum":
+        """The same in all directions, averaged under a bell over the octaves of the wave number."""
+        k = fft.fftfreq(len(self.power))
+        octave = np.log2(np.maximum(len(k) * np.hypot(k[:, None], k), 1))
+        middle = np.arange(0, octave.max() + _RING_OCTAVES, _RING_OCTAVES)
+        shares = np.exp(-(((octave.ravel() - middle[:, None]) / _RING_OCTAVES) ** 2) / 2)
+        means = shares @ self.power.ravel() / shares.sum(axis=1)
+        return Spectrum(np.exp(np.interp(octave, middle, np.log(means))), self.box)
 
     def whitening(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes (ky, kx) of a filtered image are multiplied by: power^-1/2."""
@@ -238,7 +248,7 @@ def measure_spectrum(
             continue
         centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
         powers.append(np.abs(fft.rfft2(taper * centred)) ** 2)
-        shares.append(share)
+        shares.append(float(share))
     if not powers:
         return None
     power = _mean_of_noise(np.array(powers), np.array(shares))

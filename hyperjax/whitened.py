@@ -192,7 +192,11 @@ def _placed(field: Field, fits: SourceFits, members: list[NDArray[np.int_]]) -> 
 
 
 def first_noise(field: Field) -> Noise | None:
-    """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had."""
+    """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had.
+
+    It is the same in all directions and smooth in the wave number: where sources are a regular
+    pattern, what stands out of that is theirs, and would be whitened away.
+    """
     image, valid = filtered(field, None), field.inner
     if not valid.any():
         return None
@@ -206,7 +210,9 @@ def first_noise(field: Field) -> Noise | None:
         if spectrum is None:
             return None
         spectrum = measure_spectrum(unit, valid, spectrum)
-    return None if spectrum is None else _normalised(field, Noise(scale, spectrum), unit)
+    if spectrum is None:
+        return None
+    return _normalised(field, Noise(scale, spectrum.in_rings()), unit)
 
 
 def updated_noise(field: Field, noise: Noise, fits: SourceFits, left: NDArray[np.float64]) -> Noise:

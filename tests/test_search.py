@@ -16,13 +16,17 @@ from scipy.spatial import KDTree
 from hyperjax import search
 from hyperjax.catalog import FLAGS
 from hyperjax.config_io import config_from_dict
+from hyperjax.fitting import FitOptions
 from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import Simulation, simulate, write_simulation
 from hyperjax.whitened import Field, filtered, first_noise, updated_noise
 
-PULLS = {"FLUX_TOTAL": "FLUX_TOTAL", "FLUX_APCOR": "FLUX_TOTAL", "FLUX_PEAK": "FLUX_PEAK"} | {
-    "FWHM_1": "FWHM_1"
+TRUTH_OF = {
+    "FLUX_TOTAL": "FLUX_TOTAL",
+    "FLUX_APCOR": "FLUX_TOTAL",
+    "FLUX_PEAK": "FLUX_PEAK",
+    "FWHM_1": "FWHM_1",
 }
 
 
@@ -69,12 +73,12 @@ def test_isolated_sources_are_found_and_nothing_else(isolated: Any) -> None:
         assert extraction.catalog.meta["noise_model"] == "correlated"
 
 
-@pytest.mark.parametrize("column", PULLS)
+@pytest.mark.parametrize("column", TRUTH_OF)
 def test_errors_are_those_of_the_noise(isolated: Any, column: str) -> None:
     """The deviations from the truth over the errors have the width 1."""
     pulls = np.concatenate(
         [
-            (found[column] - truth[PULLS[column]]) / found[f"{column}_ERR"]
+            (found[column] - truth[TRUTH_OF[column]]) / found[f"{column}_ERR"]
             for found, truth, _ in isolated[2]
         ]
     )
@@ -172,6 +176,45 @@ def test_the_noise_is_measured_when_all_sources_have_been_fitted(
     extract(map)
     assert len(seen) >= 3  # sources are added between
     assert all(seen)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_a_regular_pattern_of_sources_is_not_taken_for_noise(jitter: float, tmp_path: Path) -> None:
+    """What stands out of the first spectrum may be the pattern, which whitening would take away."""
+    shift = np.random.default_rng(4).uniform(-jitter, jitter, (121, 2))
+    places = [
+        (20.0 + 16 * i + dx, 20.0 + 16 * j + dy)
+        for (i, j), (dx, dy) in zip(np.ndindex(11, 11), shift, strict=True)
+    ]
+    sources = {
+        "positions": tuple(places),
+        "fluxes": (0.08,) * len(places),
+        "shapes": ((4.6, 4.4, 0.0),) * len(places),
+    }
+    map, truth = made(tmp_path, shape=(200, 200), beam_fwhm_pix=4.0, noise="white", **sources)
+    extraction = extract(map)
+    found, true = matched_rows(extraction, truth)
+    assert len(found) == len(extraction.catalog) == len(places)
+    ratio = (found["FLUX_TOTAL"] / true["FLUX_TOTAL"]).to_value("")
+    assert np.median(ratio) == pytest.approx(1, abs=0.03)
+    assert (found["STATUS"] == 1).all()
+
+
+def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources that lean on each other, from wrong peaks; what moves to the last has the flag."""
+    map, _ = made(tmp_path, n_sources=80, min_separation_beams=2.2, snr_range=(30, 60))
+    (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
+    field = Field(map.data, (xx, xy, yy), 41, config_from_dict({}))
+    found = search.find_sources(field)
+    assert found is not None
+    wrong = found.fits._replace(peak=1.5 * found.fits.peak)
+    again = search._settled(field, found.noise, wrong, FitOptions())
+    assert (again.fits.status == 1).all()
+    error = np.sqrt(again.fits.covariance[:, 0, 0])
+    assert np.max(np.abs(again.fits.peak - found.fits.peak) / error) < 0.5
+    monkeypatch.setattr(search, "_SWEEPS", 1)
+    stopped = search._settled(field, found.noise, wrong, FitOptions())
+    assert (stopped.fits.status == 0).all()
 
 
 def test_one_round_source_stays_one(tmp_path: Path) -> None:

@@ -125,6 +125,20 @@ def test_the_correlation_is_that_of_the_filtered_noise() -> None:
     assert_allclose(rho.values, expected / expected[8, 8], atol=0.01)
 
 
+def test_in_rings_power_is_the_same_in_all_directions() -> None:
+    """A power law keeps its slope; a line is spread over its octave."""
+    k = fft.fftfreq(64)
+    radius = np.maximum(np.hypot(k[:, None], k), 1 / 64)
+    smooth = Spectrum(radius**-1.0, 0)
+    assert_allclose(smooth.in_rings().power[2:31, 2], smooth.power[2:31, 2], rtol=0.25)
+    line = smooth.power.copy()
+    line[8, 0] *= 1000
+    spread = Spectrum(line, 0).in_rings().power
+    assert_allclose(spread, spread.T)
+    assert spread[8, 0] == pytest.approx(spread[0, 8])
+    assert spread[8, 0] < line[8, 0] / 10
+
+
 def test_power_that_was_fitted_away_is_put_back() -> None:
     image = np.random.default_rng(6).normal(size=SHAPE)
     side = segment_side(SHAPE)
