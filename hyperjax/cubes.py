@@ -52,6 +52,8 @@ class Cube(NamedTuple):
         The file, and its image's HDU as it was asked for.
     channels
         How many there are.
+    pixels
+        Of each.
     usable
         Those (from 1) that hold more than one value.
     """
@@ -59,6 +61,7 @@ class Cube(NamedTuple):
     path: Path
     hdu: int | str | None
     channels: int
+    pixels: int
     usable: tuple[int, ...]
 
     def chosen(self, limits: tuple[int, int] | None) -> list[int]:
@@ -92,11 +95,12 @@ def cube_at(path: Path, hdu: int | str | None) -> Cube | None:
             if channels is None:
                 return None
             usable = [n for n in range(1, channels + 1) if _has_data(_plane(image, n))]
+            pixels = int(np.prod(image.shape[-2:]))
     except MissingWcsError:
         raise
     except HyperjaxError:
         return None
-    return Cube(path, hdu, channels, tuple(usable))
+    return Cube(path, hdu, channels, pixels, tuple(usable))
 
 
 def _channel_axis(image: Any, wcs: WCS, path: Path) -> int | None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_on
+from hyperjax.lockstep import fit_with_others
 from hyperjax.models import (
     LEAST_ELLIPTICITY,
     LOSSES,
@@ -201,7 +202,7 @@ def fit_groups(
         _check_values(piece)
         return _fitted(model, options, piece, device)
 
-    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
+    return in_pieces(fit, batch, model, options)
 
 
 def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -219,8 +220,7 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
         See `FitOptions`; the loss is linear.
     """
     model = SpectralGroup(Grid((side, side)), batch.start.shape[1], -1)
-    fit = functools.partial(_fitted, model, options)
-    result = in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
+    result = in_pieces(functools.partial(_fitted, model, options), batch, model, options)
     power = np.sum(batch.data**2, axis=(1, 2))
     return result._replace(nmse=2 * result.cost / np.where(power > 0, power, 1))
 
@@ -235,13 +235,27 @@ def _fitted(
 
 
 def in_pieces(
-    fit: Callable[[GroupBatch, jax.Device], FitResult], batch: GroupBatch, sizes: list[int]
+    fit: Callable[[GroupBatch, jax.Device], FitResult],
+    batch: GroupBatch,
+    model: Model,
+    options: FitOptions,
 ) -> FitResult:
-    """Fit a batch in pieces of one of some sizes, or less, several at a time.
+    """Fit a batch in pieces of at most the `block_sizes`, several at a time.
 
-    Each thread (`runtime.fit_threads`) makes a piece ready, fits it on a device and reads the
-    result, so that little more than the batch is in memory.
+    In a call that works in step with others it is joined with batches of the same model, options
+    and type (`hyperjax.lockstep`). Each thread (`runtime.fit_threads`) makes a piece ready, fits
+    it on a device and reads the result, so that little more than the batch is in memory.
     """
+    dtype = batch.data.dtype
+    sizes = block_sizes(model, dtype)
+    return fit_with_others(
+        (model, options, dtype), functools.partial(_in_pieces, fit, sizes), batch
+    )
+
+
+def _in_pieces(
+    fit: Callable[[GroupBatch, jax.Device], FitResult], sizes: list[int], batch: GroupBatch
+) -> FitResult:
     devices = jax.local_devices()
     threads = fit_threads(len(devices))
     count = len(batch.data)

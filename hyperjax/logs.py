@@ -5,7 +5,6 @@ logs begin when there is something to log of.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from hyperjax.errors import OutputError
+from hyperjax.lockstep import own_time
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,15 @@ def attached(
 
 @contextmanager
 def log_file(
-    path: Path, level: int = logging.INFO, names: Iterable[str] = LIBRARY
+    path: Path,
+    level: int = logging.INFO,
+    names: Iterable[str] = LIBRARY,
+    *,
+    thread: int | None = None,
 ) -> Iterator[Callable[[], Path]]:
     """Write records to a new plain file, from when it is wanted; what was logged before is kept.
+
+    Those of one thread only, if that is given.
 
     Yields
     ------
@@ -77,6 +83,8 @@ def log_file(
         The file cannot be written; from the callable.
     """
     kept = MemoryHandler(_ALL, flushLevel=_NEVER)
+    if thread is not None:
+        kept.addFilter(lambda record: record.thread == thread)
 
     @cache
     def begin() -> Path:
@@ -127,10 +135,10 @@ def replay(records: Iterable[logging.LogRecord]) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], step: str, map_name: str) -> Iterator[None]:
-    """Note the wall-clock time of a step of the work on a map."""
+    """Note the wall-clock time of a step of the work on a map, without that of maps in step."""
     logger.debug("%s: %s", map_name, step)
-    start = time.perf_counter()
+    start = own_time()
     try:
         yield
     finally:
-        seconds[step] = time.perf_counter() - start
+        seconds[step] = own_time() - start

@@ -17,7 +17,6 @@ from hyperjax.fitting import (
     FitOptions,
     FitResult,
     GroupBatch,
-    block_sizes,
     in_pieces,
     inverse_over_free,
     solve_block,
@@ -95,7 +94,7 @@ def fit_profiles(
         solution, _ = solve_block(model, problems, options, device)
         return _to_result(model, piece, problems, offset, solution)
 
-    return in_pieces(fit, batch, block_sizes(model, batch.data.dtype))
+    return in_pieces(fit, batch, model, options)
 
 
 def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:

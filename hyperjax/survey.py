@@ -2,7 +2,8 @@
 
 The failure of a map is data, not an exception: every map gives a `MapOutcome`. Maps run in this
 process or, with more than one job, each in a process of a few that are kept, one map at a time, so
-that a process that dies takes one map with it.
+that a process that dies takes one map with it. Channels of a cube are worked on several at a time,
+in step (`hyperjax.lockstep`), for their fits to share batches.
 """
 
 import functools
@@ -19,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from itertools import count
+from itertools import chain, count, groupby
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,7 @@ from hyperjax.cubes import channel_name, cube_at, read_channel, slice_name, writ
 from hyperjax.errors import HyperjaxError, MapError, OutputError
 from hyperjax.files import remove_temporaries
 from hyperjax.forced import given_sources
+from hyperjax.lockstep import in_step
 from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
@@ -62,6 +64,7 @@ logger = logging.getLogger(__name__)
 SOME_FAILED = 1
 """Exit code where some of several maps failed, and that of errors that nobody foresaw."""
 
+_IN_STEP, _PIXELS_IN_STEP = 16, 4_000_000  # channels, and their pixels, at most
 _LAST_SECONDS = 2.0  # that a process has to clean up when it is told to end
 
 
@@ -300,7 +303,9 @@ def run(
     with log_file(layout.logs / config.files.file_log_name, names=(__name__,)) as begin_log:
         _log_what_was_asked(maps, tasks, config)
         outcomes = []
-        for outcome in _in_processes(tasks, workers) if workers > 1 else map(_run_map, tasks):
+        teams = _teams(tasks, workers)
+        working = map(_run_team, teams) if workers == 1 else _in_processes(teams, workers)
+        for outcome in chain.from_iterable(working):
             if outcome.log is not None:
                 begin_log()
             outcomes.append(outcome)
@@ -308,6 +313,22 @@ def run(
         _write_all(survey_result(outcomes, layout))
         if config.control.datacube:
             _write_cubes(tasks, outcomes)
+
+
+_Team = tuple[_Task, ...]
+
+
+def _teams(tasks: Sequence[_Task], workers: int) -> list[_Team]:
+    """Divide the work: each map alone, and channels of a cube together, for all workers."""
+    teams: list[_Team] = []
+    for (path, is_channel), own in groupby(tasks, lambda t: (t.path, t.channel is not None)):
+        alike, size = tuple(own), 1
+        cube = cube_at(path, alike[0].config.files.hdu) if is_channel else None
+        if cube is not None:
+            room = max(_PIXELS_IN_STEP // cube.pixels, 1)
+            size = min(_IN_STEP, room, -(-len(alike) // workers))
+        teams += [alike[first : first + size] for first in range(0, len(alike), size)]
+    return teams
 
 
 class _Planned(NamedTuple):
@@ -436,14 +457,28 @@ def _candidates(path: Path, alone: bool) -> Iterator[str]:
 # --- One map -------------------------------------------------------------------------------------
 
 
-def _run_map(task: _Task) -> MapOutcome:
+def _run_team(team: _Team) -> Iterator[MapOutcome]:
+    """Work on one map, or on several in step."""
+    if len(team) == 1:
+        yield _run_map(team[0])
+    else:
+        yield from in_step([functools.partial(_run_in_step, task) for task in team])
+
+
+def _run_in_step(task: _Task) -> MapOutcome:
+    """Work on one map in a thread of its own, of which it logs."""
+    return _run_map(task, threading.get_ident())
+
+
+def _run_map(task: _Task, thread: int | None = None) -> MapOutcome:
     """Read, extract and write one map; whatever goes wrong becomes its outcome.
 
     A map that cannot be read leaves no log: its error says all that there is to say.
     """
     outcome = _begun(task)
     try:
-        with log_file(task.layout.log(task.name), task.log_level) as begin_log:
+        log = log_file(task.layout.log(task.name), task.log_level, thread=thread)
+        with log as begin_log:
             return _logged(outcome, task, begin_log)
     except OutputError as error:  # of the log itself
         return _failed(outcome, error)
@@ -582,35 +617,39 @@ def _unforeseen(outcome: MapOutcome, error: BaseException) -> str:
 
 # --- Several processes ---------------------------------------------------------------------------
 
-_Work = Callable[[_Task], MapOutcome]
-_Report = tuple[MapOutcome, list[logging.LogRecord]]
+_Work = Callable[[_Team], Iterable[MapOutcome]]
+_Report = tuple[list[MapOutcome], list[logging.LogRecord]]
 
 
 def _in_processes(
-    tasks: Iterable[_Task], workers: int, work: _Work = _run_map
-) -> Iterator[MapOutcome]:
-    """Work on maps in several new processes, one map at a time in each.
+    teams: Iterable[_Team], workers: int, work: _Work = _run_team
+) -> Iterator[list[MapOutcome]]:
+    """Work on maps in several new processes, one map, or some in step, at a time in each.
 
     Every process has a pool of its own: if it dies, the map that it takes with it is known, and the
-    others are not disturbed. Processes are spawned, not forked, for JAX and its threads do not
-    survive a fork. If the caller stops early, they are told to end.
+    others are not disturbed; of maps in step each is tried again alone. Processes are spawned, not
+    forked, for JAX and its threads do not survive a fork. If the caller stops early, they are told
+    to end.
     """
-    waiting = deque(tasks)
+    waiting = deque(teams)
     idle = [_new_process() for _ in range(workers)]
-    running: dict[Future[_Report], tuple[_Task, ProcessPoolExecutor]] = {}
+    running: dict[Future[_Report], tuple[_Team, ProcessPoolExecutor]] = {}
     children: set[BaseProcess] = set()
     try:
         while waiting or running:
             while waiting and idle:
-                task, process = waiting.popleft(), idle.pop()
+                team, process = waiting.popleft(), idle.pop()
                 with _interrupts_held():
                     others = set(multiprocessing.active_children())
-                    running[process.submit(_report, work, task)] = task, process
+                    running[process.submit(_report, work, team)] = team, process
                     children |= set(multiprocessing.active_children()) - others
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                task, process = running.pop(future)
+                team, process = running.pop(future)
                 idle.append(_usable(process, future))
-                yield _reported(future, task)
+                if len(team) > 1 and future.exception() is not None:
+                    waiting.extendleft((task,) for task in reversed(team))
+                else:
+                    yield _reported(future, team)
     finally:
         interrupted = {child for child in children if child.is_alive()} if running else set()
         _end([*idle, *(process for _, process in running.values())], interrupted)
@@ -680,22 +719,23 @@ def _end_with_parent() -> None:
         os._exit(1)  # the queues of the pool keep it waiting for work otherwise
 
 
-def _report(work: _Work, task: _Task) -> _Report:
-    """Work on a map, and keep what is logged for the process that asked."""
+def _report(work: _Work, team: _Team) -> _Report:
+    """Work on maps, and keep what is logged for the process that asked."""
     with collected(logging.INFO) as records:
-        outcome = work(task)
-    return outcome, records
+        outcomes = list(work(team))
+    return outcomes, records
 
 
-def _reported(future: "Future[_Report]", task: _Task) -> MapOutcome:
-    """Take over the outcome of a map, and its log records, from another process."""
+def _reported(future: "Future[_Report]", team: _Team) -> list[MapOutcome]:
+    """Take over the outcomes of maps, and their log records, from another process."""
     error = future.exception()
     if error is not None:
+        (task,) = team
         log = task.layout.log(task.name)
         begun = replace(_begun(task), log=log if log.is_file() else None)
         outcome = _failed(begun, error)
         logger.error("%s", outcome.error)
-        return outcome
-    outcome, records = future.result()
+        return [outcome]
+    outcomes, records = future.result()
     replay(records)
-    return outcome
+    return outcomes

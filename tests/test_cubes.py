@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from hyperjax import fitting, survey
 from hyperjax.cli import app
 from hyperjax.config_io import config_from_dict
 from hyperjax.cubes import cube_at, read_channel
@@ -188,6 +189,44 @@ def test_sources_are_those_of_the_channels_as_maps(made: Made, ran: Ran, tmp_pat
         assert alone.catalog is not None
         assert len(catalog) == len(alone.catalog) >= 5
         assert_allclose(catalog["FLUX_TOTAL"].value, alone.catalog["FLUX_TOTAL"].value, rtol=1e-5)
+
+
+def test_channels_share_batches_and_logs_are_their_own(
+    made: Made, ran: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fits that are alike; what comes out is what channels give one at a time."""
+    fitted: dict[str, list[int]] = {"in step": [], "alone": []}
+    in_pieces = fitting._in_pieces
+    for way, most in (("in step", survey._IN_STEP), ("alone", 1)):
+
+        def counting(fit: Any, sizes: Any, batch: Any, way: str = way) -> Any:
+            fitted[way].append(len(batch.data))
+            return in_pieces(fit, sizes, batch)
+
+        monkeypatch.setattr(fitting, "_in_pieces", counting)
+        monkeypatch.setattr(survey, "_IN_STEP", most)
+        out = Ran(made, tmp_path / way)
+        for mine, other in zip(out.result.outcomes, ran.result.outcomes, strict=True):
+            assert mine.catalog is not None
+            assert other.catalog is not None
+            assert mine.log is not None
+            for column in ("FLUX_TOTAL", "FLUX_TOTAL_ERR", "FWHM_1", "FLUX"):
+                assert_allclose(mine.catalog[column].value, other.catalog[column].value, rtol=1e-7)
+            lines = [line for line in mine.log.read_text().splitlines() if "_ch0" in line]
+            assert lines
+            assert all(mine.name in line for line in lines)
+    assert sum(fitted["in step"]) == sum(fitted["alone"])
+    assert len(fitted["in step"]) < 0.5 * len(fitted["alone"])
+
+
+def test_channels_in_step_in_several_processes(made: Made, ran: Ran, tmp_path: Path) -> None:
+    several = Ran(made, tmp_path, control={"n_cores": 2, "parallel_maps": True})
+    names = [outcome.name for outcome in several.result.outcomes]
+    assert names == [outcome.name for outcome in ran.result.outcomes]
+    assert several.result.catalog is not None
+    assert ran.result.catalog is not None
+    fluxes = (result.catalog["FLUX_TOTAL"].value for result in (several.result, ran.result))
+    assert_allclose(*fluxes, rtol=1e-7)
 
 
 def test_the_cube_of_backgrounds_is_like_the_input(made: Made, ran: Ran) -> None:

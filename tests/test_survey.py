@@ -1,5 +1,6 @@
 """Surveys: what becomes of each map, whatever happens to the others."""
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -385,25 +386,31 @@ def task_named(name: str, index: int, out: Path) -> Any:
     return survey._Task(Path(f"{name}.fits"), name, index, config, layout, logging.INFO)
 
 
-def die_over_b(task: Any) -> MapOutcome:
-    if task.name == "b":
+def die_over_b(team: Any) -> list[MapOutcome]:
+    if "b" in [task.name for task in team]:
         os._exit(9)
-    logging.getLogger("hyperjax.test").info("%s in process %d", task.name, os.getpid())
-    return outcome_of(task.index, 0)
+    for task in team:
+        logging.getLogger("hyperjax.test").info("%s in process %d", task.name, os.getpid())
+    return [outcome_of(task.index, 0) for task in team]
 
 
-def sleep(task: Any) -> MapOutcome:
+def sleep(team: Any) -> list[MapOutcome]:
+    (task,) = team
     (task.layout.logs.parent / f"{task.name}.{os.getpid()}").touch()
     time.sleep(120)
-    return outcome_of(task.index, 0)
+    return [outcome_of(task.index, 0)]
 
 
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [1, 2, 1]])
 def test_dying_process_takes_one_map_with_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sizes: list[int]
 ) -> None:
-    tasks = [task_named(name, index, tmp_path) for index, name in enumerate("abcd")]
+    """Also where it worked on several in step."""
+    tasks = iter([task_named(name, index, tmp_path) for index, name in enumerate("abcd")])
+    teams = [tuple(itertools.islice(tasks, size)) for size in sizes]
     with caplog.at_level(logging.INFO, "hyperjax"):
-        outcomes = sorted(survey._in_processes(tasks, 2, die_over_b), key=lambda o: o.index)
+        parts = survey._in_processes(teams, 2, die_over_b)
+        outcomes = sorted(itertools.chain.from_iterable(parts), key=lambda o: o.index)
     assert [outcome.ok for outcome in outcomes] == [True, False, True, True]
     assert outcomes[1].exit_code == 1
     assert "b.fits: the process that worked on it ended" in str(outcomes[1].error)
@@ -412,9 +419,9 @@ def test_dying_process_takes_one_map_with_it(
     assert str(os.getpid()) not in {message.split()[-1] for message in messages}
 
 
-def sleep_deaf(task: Any) -> MapOutcome:
+def sleep_deaf(team: Any) -> list[MapOutcome]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return sleep(task)
+    return sleep(team)
 
 
 def processes_in(folder: Path, n: int, timeout: float = 60) -> list[int]:
@@ -435,9 +442,9 @@ def test_stopping_early_ends_the_processes(
 
     monkeypatch.setattr(survey, "wait", interrupt)
     start = time.monotonic()
-    tasks = [task_named("a", 0, tmp_path), task_named("b", 1, tmp_path)]
+    teams = [(task_named("a", 0, tmp_path),), (task_named("b", 1, tmp_path),)]
     with pytest.raises(KeyboardInterrupt):
-        next(survey._in_processes(tasks, 2, work))
+        next(survey._in_processes(teams, 2, work))
     assert not children_but([])
     assert time.monotonic() - start < 100
 
@@ -468,7 +475,7 @@ def test_stopping_early_leaves_the_processes_of_others_alone(
     monkeypatch.setattr(survey, "wait", begin_own_and_interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            next(survey._in_processes([task_named("a", 0, tmp_path)], 1, sleep))
+            next(survey._in_processes([(task_named("a", 0, tmp_path),)], 1, sleep))
         assert not children_but([own])
         assert own.is_alive()
     finally:
@@ -477,8 +484,8 @@ def test_stopping_early_leaves_the_processes_of_others_alone(
 
 
 def sleep_over_two_maps(folder: Path) -> None:
-    tasks = [task_named("a", 0, folder), task_named("b", 1, folder)]
-    list(survey._in_processes(tasks, 2, sleep))
+    teams = [(task_named("a", 0, folder),), (task_named("b", 1, folder),)]
+    list(survey._in_processes(teams, 2, sleep))
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
