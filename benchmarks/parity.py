@@ -57,6 +57,7 @@ class Case(NamedTuple):
     config: Mapping[str, Mapping[str, Any]]
     steps: Sequence[Step]
     map: tuple[str, ...] = ()  # options of the simulation
+    at_truth: bool = False  # whether both are given the true positions
 
 
 NOISE = Step("one noise, of the unfiltered map", ("noise",))
@@ -118,6 +119,20 @@ CASES: Mapping[str, Case] = {
             *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
         ),
         ("--gradient", "0", "--structure", "0"),
+    ),
+    "given": Case(
+        "positions given",
+        {},
+        (WEIGHTS, BACKGROUND, PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
+        at_truth=True,
+    ),
+    "even": Case(
+        "pixels weighed alike",
+        {"fit_options": {"weights": "null"}},
+        (
+            *(Step("one noise, threshold", ("noise", "threshold")), POSITIONS, BACKGROUND),
+            *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
+        ),
     ),
 }
 
@@ -228,8 +243,8 @@ def compared(options: argparse.Namespace, case: Case, seed: int, folder: Path) -
     """Run hyperjax, and hyper_py after each step, on one map."""
     folder.mkdir()
     path = simulated_map(options, case, seed, folder)
-    config = configuration(options, case, path)
     truth = QTable.read(path.with_name("map_truth.ecsv"))
+    config = configuration(options, case, path, truth)
     ours = run_hyperjax(options, config, folder / "hyperjax")
     tables = [run_hyper_py(options, config, folder / "0", (), None)]
     changes: tuple[str, ...] = ()
@@ -261,7 +276,9 @@ def simulated_map(options: argparse.Namespace, case: Case, seed: int, folder: Pa
     return path
 
 
-def configuration(options: argparse.Namespace, case: Case, path: Path) -> dict[str, Any]:
+def configuration(
+    options: argparse.Namespace, case: Case, path: Path, truth: QTable
+) -> dict[str, Any]:
     """The file that hyper_py ships, for a map and a case."""
     package = Path(answer(options.hyper_py, HYPER_PY_FOLDER_CODE))
     config = yaml.safe_load((package / "assets/default_config.yaml").read_text(encoding="utf-8"))
@@ -270,8 +287,12 @@ def configuration(options: argparse.Namespace, case: Case, path: Path) -> dict[s
     config["control"]["parallel_maps"] = False
     config["detection"]["sigma_thres"] = options.sigma
     config["fit_options"]["fit_aperture_sigma"] = 1.0  # hyper_py's own default, which it leaves out
-    for section, values in case.config.items():
-        config[section].update(values)
+    if case.at_truth:
+        config["detection"]["fixed_peaks"] = True
+        config["detection"]["xcen_fix"] = values(truth, "RA").tolist()
+        config["detection"]["ycen_fix"] = values(truth, "DEC").tolist()
+    for section, changed in case.config.items():
+        config[section].update(changed)
     return dict(config)
 
 

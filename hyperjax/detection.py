@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 _FINDER_SIGMA = 2.0  # of the filtered map: low, since the threshold proper comes last
 _FILTER_PEAK = 100.0
-_FILTER_FWHM = 4.0, 10.0  # side of the high-pass filter: below it takes away the source itself
+_LEAST_FILTER_FWHM = 4.0  # side of the high-pass filter: below it takes away the source itself
+_MOST_FILTER_FWHM = 10.0
 
 
 class Detections(NamedTuple):
@@ -124,7 +125,7 @@ def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: st
     MapTooSmallError
         If the image is smaller than the filter.
     """
-    least, most = (_odd(beams * fwhm_pix) for beams in _FILTER_FWHM)
+    least, most = least_filter_size(fwhm_pix), _odd(_MOST_FILTER_FWHM * fwhm_pix)
     of_map = min(shape) - 1 + min(shape) % 2
     size = _odd(wanted) if wanted else max(least, min(_odd(int(fwhm_pix) ** 2), most, of_map))
     if size > of_map:
@@ -134,6 +135,11 @@ def filter_size(fwhm_pix: float, wanted: int, shape: tuple[int, ...], source: st
             f"check the beam ({fwhm_pix:.3g} pixels FWHM; --beam or survey.beam_fwhm_arcsec)"
         )
     return size
+
+
+def least_filter_size(fwhm_pix: float) -> int:
+    """Side of the smallest box of the high-pass filter in pixels, odd."""
+    return _odd(_LEAST_FILTER_FWHM * fwhm_pix)
 
 
 def _odd(length: float) -> int:

@@ -13,8 +13,8 @@ _CLIP_SIGMA = 3.0
 _CLIP_ITERATIONS = 10
 _LOCAL_ROUNDS = 3
 _BLOCKS = 10  # along the standard deviation of the bell that local noise is told under
-_ENOUGH = 100_000  # values that tell a standard deviation to 0.3 %
-_HUGE = 1e6  # times the noise of the image: what no clipping leaves
+_ENOUGH = 30_000  # values that tell a standard deviation to 0.5 %
+_HUGE = 1e12  # times the squared noise of the image: what no clipping leaves
 _LEAST_NEAR = 1e-3  # share of valid pixels round a pixel that its local noise is told from
 _SIGNIFICANT = 4.0  # standard deviations that a correlation must stand out by
 _LEAST_CORRELATION = 0.03  # what is less is taken for none
@@ -115,20 +115,18 @@ def local_rms(
     whole = clipped_rms(_some(image[valid]))
     if not whole > 0:
         return np.full(image.shape, whole)
-    size = np.where(valid, np.abs(image) / whole, _HUGE).clip(max=_HUGE).astype(np.float32)
-    power = size**2
-    rms = np.ones((1, 1), np.float32)
     side = max(int(width_pix / _BLOCKS), 1)
+    power = _in_blocks(image, valid, whole, side)
+    local = np.ones(power.shape[1:])
     for _ in range(_LOCAL_ROUNDS):
-        kept = size < _CLIP_SIGMA * rms
-        share = _under_bell(_block_means(kept.astype(np.float32), side), width_pix / side)
-        square = _under_bell(_block_means(power * kept, side), width_pix / side)
+        kept = power < ((_CLIP_SIGMA * local) ** 2).astype(np.float32)
+        share = _under_bell(np.count_nonzero(kept, axis=0) / side**2, width_pix / side)
+        square = np.sum(power * kept, axis=0, dtype=float) / side**2
+        square = _under_bell(square, width_pix / side)
         known = share > _LEAST_NEAR
         variance = np.divide(square, share, out=np.ones_like(square), where=known)
         deviation = np.sqrt(np.maximum(variance, 0))  # sums of boxes may round below 0
         local = np.where(known, deviation / clipped_share(_CLIP_SIGMA, 1), 1.0)
-        rms = local.astype(np.float32).repeat(side, 0).repeat(side, 1)
-        rms = rms[: image.shape[0], : image.shape[1]]
     return whole * _between_blocks(local, side, image.shape)
 
 
@@ -139,25 +137,35 @@ def _some(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[np.random.default_rng(0).integers(len(values), size=_ENOUGH)]
 
 
-def _block_means(image: NDArray[np.float32], side: int) -> NDArray[np.float64]:
-    """Means over squares of pixels; beyond the edges there is 0."""
-    for _ in range(2):
-        rows = np.add.reduceat(image, np.arange(0, len(image), side), axis=0)
-        image = np.divide(rows.T, side, dtype=np.float32)
-    return image.astype(float)
+def _in_blocks(
+    image: NDArray[np.float64], valid: NDArray[np.bool_], unit: float, side: int
+) -> NDArray[np.float32]:
+    """Squares of an image's pixels (pixel, y, x) by blocks; huge where there is no valid pixel."""
+    rows, columns = (-(-length // side) for length in image.shape)
+    power = np.full((rows * side, columns * side), _HUGE, np.float32)
+    inside = power[: image.shape[0], : image.shape[1]]
+    with np.errstate(over="ignore"):
+        np.multiply(image, 1 / unit, out=inside, casting="same_kind", where=valid)
+        np.square(inside, out=inside)
+    np.minimum(inside, _HUGE, out=inside)
+    blocks = power.reshape(rows, side, columns, side).transpose(1, 3, 0, 2)
+    return np.ascontiguousarray(blocks).reshape(side**2, rows, columns)
 
 
 def _between_blocks(
     blocks: NDArray[np.float64], side: int, shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
-    """Undo `_block_means` for what varies slowly: interpolate between the squares' centres."""
-    for length in shape:
-        place = np.clip((np.arange(length) + 0.5) / side - 0.5, 0, len(blocks) - 1)
-        below = np.minimum(place.astype(int), max(len(blocks) - 2, 0))
-        above = np.minimum(below + 1, len(blocks) - 1)
-        share = (place - below)[:, None]
-        blocks = (blocks[below] + share * (blocks[above] - blocks[below])).T  # next the other axis
-    return np.ascontiguousarray(blocks)
+    """An image of what varies slowly, from its means over squares: interpolate between centres."""
+    for axis in (1, 0):
+        place = np.clip((np.arange(shape[axis]) + 0.5) / side - 0.5, 0, blocks.shape[axis] - 1)
+        below = np.minimum(place.astype(int), max(blocks.shape[axis] - 2, 0))
+        above = np.minimum(below + 1, blocks.shape[axis] - 1)
+        share = place - below
+        lower, upper = blocks.take(below, axis), blocks.take(above, axis)
+        upper -= lower
+        upper *= share if axis == 1 else share[:, None]
+        blocks = np.add(lower, upper, out=lower)
+    return blocks
 
 
 def _under_bell(image: NDArray[np.float64], width_pix: float) -> NDArray[np.float64]:

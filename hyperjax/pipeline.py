@@ -21,6 +21,7 @@ from hyperjax.detection import (
     detect,
     filter_size,
     high_pass,
+    least_filter_size,
     shoulder_score,
 )
 from hyperjax.errors import BlankMapError, ConfigError
@@ -227,7 +228,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
     if config.of_pixels:
         logger.info("%s: fitted pixel by pixel, as %s asks for it", map.name, config.of_pixels[0])
         return None
-    size, box = _filter_size(map, config), _spectral_filter(map)
+    box = _spectral_filter(map)
     if box is None:
         _warn_of_white(map, "is too small for the spectrum of its noise, or its beam is")
         return None
@@ -243,7 +244,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
     fits, noise = sources.fits, sources.noise
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
-        size = min(size, box)
+        size = least_filter_size(map.beam_fwhm_pix)
         passed = HighPass(field.valid, size)
         residual = passed(map.data - model)
         background = map.data - model - residual

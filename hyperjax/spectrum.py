@@ -239,7 +239,7 @@ def measure_spectrum(
     hann = hann[:, None] * hann
     full = np.sum(hann**2)
     whole = bool(valid.all())
-    powers, shares = [], []
+    squares, shares = [], []
     for y, x in _segments(valid, side):
         part = slice(y, y + side), slice(x, x + side)
         taper = hann if whole else np.where(valid[part], hann, np.float32(0))
@@ -247,11 +247,12 @@ def measure_spectrum(
         if share < _FILLED * full:
             continue
         centred = white[part] - np.sum(taper * white[part]) / np.sum(taper)
-        powers.append(np.abs(fft.rfft2(taper * centred)) ** 2)
+        squares.append(taper * centred)
         shares.append(float(share))
-    if not powers:
+    if not squares:
         return None
-    power = _mean_of_noise(np.array(powers), np.array(shares))
+    modes = fft.rfft2(np.array(squares), workers=cpu_threads(), overwrite_x=True)
+    power = _mean_of_noise(modes.real**2 + modes.imag**2, np.array(shares))
     total = np.sum(shares)
     ratio = _both_halves(power)
     ratio[0, 0] = np.mean([ratio[0, 1], ratio[1, 0], ratio[0, -1], ratio[-1, 0]])
