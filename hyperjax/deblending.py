@@ -17,6 +17,7 @@ from hyperjax.fitting import CONVERGED, FitResult
 from hyperjax.groups import Windows, members_of
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
+from hyperjax.runtime import at_once
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
     ROUGH,
@@ -78,6 +79,17 @@ class _Trial(NamedTuple):
     cost: NDArray[np.float64]
     power: NDArray[np.float64]
     sources: list[NDArray[np.float64] | None]
+
+
+class _Alike(NamedTuple):
+    """Alternatives that are fitted together: which, their windows, and the data of all windows."""
+
+    which: NDArray[np.int_]
+    window: NDArray[np.int_]
+    data: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    slots: int
+    side: int
 
 
 class Verdict(NamedTuple):
@@ -276,26 +288,32 @@ def _tried(
     block = np.array([option.block for option in options], int)
     count = np.array([len(option.sources) for option in options], int)
     slots = np.array(SLOTS)[np.searchsorted(SLOTS, count)]
+    alike: list[_Alike] = []
     for side in np.unique(placed.side[block]):
         here = placed.side[block] == side
         blocks, place = np.unique(block[here], return_inverse=True)
         data, weight = window_data(white, field, noise, fits, placed, blocks)
         for kind in np.unique(slots[here]):
             some = slots[here] == kind
-            which, window = np.flatnonzero(here)[some], place[some]
-            starts = np.concatenate([options[i].sources for i in which])
-            row = np.repeat(np.arange(len(which)), count[which])
-            result = fit_windows(
-                field, data[window], weight[window], starts, row, int(kind), int(side), ROUGH
+            alike.append(
+                _Alike(np.flatnonzero(here)[some], place[some], data, weight, int(kind), int(side))
             )
-            cost[which] = result.cost
-            power[which] = np.sum(data[window] ** 2, axis=(1, 2))
-            sound = _are_sources(field, result, row)
-            for i, option in enumerate(which):
-                if sound[i]:
-                    corner = np.full(count[option], block[option])
-                    params = result.params[i, : count[option]]
-                    sources[option] = on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
+
+    def fit(some: _Alike) -> tuple[FitResult, NDArray[np.bool_]]:
+        starts = np.concatenate([options[i].sources for i in some.which])
+        row = np.repeat(np.arange(len(some.which)), count[some.which])
+        data, weight = some.data[some.window], some.weight[some.window]
+        result = fit_windows(field, data, weight, starts, row, some.slots, some.side, ROUGH)
+        power[some.which] = np.sum(data**2, axis=(1, 2))
+        return result, _are_sources(field, result, row)
+
+    for some, (result, sound) in zip(alike, at_once(fit, alike), strict=True):
+        cost[some.which] = result.cost
+        for i, option in enumerate(some.which):
+            if sound[i]:
+                corner = np.full(count[option], block[option])
+                params = result.params[i, : count[option]]
+                sources[option] = on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
     return _Trial(cost, power, sources)
 
 

@@ -2,7 +2,13 @@
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _threads: int | None = None  # that compute, where that was configured
 
@@ -20,6 +26,15 @@ def usable_cores() -> int:
 def cpu_threads() -> int:
     """Threads that compute at the same time, where that is done on processors: one per core."""
     return _threads or usable_cores()
+
+
+def at_once(call: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """Return what a function that releases Python's lock makes of each item, some at a time."""
+    threads = min(cpu_threads(), len(items))
+    if threads < 2:
+        return list(map(call, items))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, items))
 
 
 def fit_threads(devices: int) -> int:

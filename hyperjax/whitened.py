@@ -6,6 +6,7 @@ the model is added: all at once, each against what all the others are at present
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from hyperjax.groups import (
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.noise import clipped_rms, local_rms
+from hyperjax.runtime import at_once
 from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import (
@@ -539,9 +541,8 @@ def sweep(
         if now or left is None:
             left = filtered(field, fits)
         white = whitened(field, noise, waves_of(noise, left))
-        for which in buckets(placed, wanted & (turn == now)).values():
-            data = window_data(white, field, noise, fits, placed, which)
-            fitted += _fit_bucket(field, noise, data, fits, placed, which, options)
+        some = buckets(placed, wanted & (turn == now)).values()
+        fitted += _fit_blocks(field, noise, white, fits, fits, placed, some, options)
     return Swept(fits.in_groups(group), fitted)
 
 
@@ -550,27 +551,36 @@ def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceF
     new = new.take(np.arange(len(new.x)))
     group, placed, _ = lay_out(field, new)
     absent = new._replace(peak=0 * new.peak)
-    for which in buckets(placed).values():
-        data = window_data(white, field, noise, absent, placed, which)
-        _fit_bucket(field, noise, data, new, placed, which, ROUGH)
+    _fit_blocks(field, noise, white, absent, new, placed, buckets(placed).values(), ROUGH)
     return new.in_groups(group)
 
 
-def _fit_bucket(
+def _fit_blocks(
     field: Field,
     noise: Noise,
-    data: tuple[NDArray[np.float64], NDArray[np.float64]],
+    white: NDArray[np.float64],
+    taken: SourceFits,
     fits: SourceFits,
     placed: Windows,
-    which: NDArray[np.int_],
+    some: Iterable[NDArray[np.int_]],
     options: FitOptions,
 ) -> list[tuple[NDArray[np.int_], NDArray[np.float64]]]:
-    """Fit blocks of one bucket from where their sources are, and put the results there."""
-    first = which[0]
-    starts, row = in_windows(fits, noise, placed, which), members_of(placed, which).row
-    slots, side = int(placed.slots[first]), int(placed.side[first])
-    result = fit_windows(field, *data, starts, row, slots, side, options)
-    return _store(field, noise, fits, result, placed, which)
+    """Fit blocks of some buckets from where their sources are, and put the results there.
+
+    `white` is what is left without the sources as `taken`.
+    """
+
+    def fit(which: NDArray[np.int_]) -> FitResult:
+        data, weight = window_data(white, field, noise, taken, placed, which)
+        starts, row = in_windows(fits, noise, placed, which), members_of(placed, which).row
+        slots, side = int(placed.slots[which[0]]), int(placed.side[which[0]])
+        return fit_windows(field, data, weight, starts, row, slots, side, options)
+
+    some = list(some)
+    fitted = []
+    for which, result in zip(some, at_once(fit, some), strict=True):
+        fitted += _store(field, noise, fits, result, placed, which)
+    return fitted
 
 
 def _store(
