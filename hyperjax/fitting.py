@@ -283,6 +283,8 @@ def solve_block(
     size = next(size for size in block_sizes(model, dtype) if size >= count)
 
     def padded(leaf: np.ndarray) -> np.ndarray:
+        if count == size:
+            return leaf
         out = np.zeros((size, *leaf.shape[1:]), leaf.dtype)
         out[:count] = leaf
         return out
@@ -353,9 +355,9 @@ def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
 
 
 def _check_values(batch: GroupBatch) -> None:
-    if not (np.isfinite(batch.weight).all() and (batch.weight >= 0).all()):
+    if not (batch.weight.min() >= 0 and batch.weight.max() < np.inf):
         raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
-    if not np.isfinite(np.where(batch.weight > 0, batch.data, 0)).all():
+    if not (_is_finite(batch.data) or _is_finite(np.where(batch.weight > 0, batch.data, 0))):
         raise FitInputError("data: not finite under a positive weight; set the weight to 0 there")
     there = batch.present
     if not np.isfinite(batch.start[there]).all():
@@ -365,6 +367,11 @@ def _check_values(batch: GroupBatch) -> None:
     bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA]
     if not bounded.all() or not (batch.lower[there][:, MINOR] > 0).all():
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all are finite, and so are the least and the largest."""
+    return bool(values.min() > -np.inf and values.max() < np.inf)
 
 
 def lanes_for(model: Model, dtype: Any) -> int:
@@ -602,8 +609,9 @@ def _propagated(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np
     count, slots = slopes.shape[:2]
     size, ends = inverse.shape[-1], slots * SHAPE
     half = inverse[:, :ends].reshape(count, slots, SHAPE, size)
-    half = np.einsum("gsij,gsjk->gsik", slopes, half).reshape(count, ends, size)
+    half = (slopes @ half).reshape(count, ends, size)
     half = np.concatenate([half, inverse[:, ends:] * unit[:, None, None]], 1)
     whole = half[:, :, :ends].reshape(count, size, slots, SHAPE)
-    whole = np.einsum("gksj,gsij->gksi", whole, slopes).reshape(count, size, ends)
+    whole = (whole.swapaxes(1, 2) @ slopes.swapaxes(2, 3)).swapaxes(1, 2)
+    whole = whole.reshape(count, size, ends)
     return np.concatenate([whole, half[:, :, ends:] * unit[:, None, None]], 2)

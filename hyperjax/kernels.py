@@ -68,7 +68,11 @@ def solve_on(
 @functools.cache
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
-    options = _known_options(tuple(kind.model.compiler_options.items()))
+    options = {
+        name: value
+        for name, value in (*_options(kind.double).items(), *kind.model.compiler_options.items())
+        if _is_known(name, value)
+    }
     solve = jax.jit(functools.partial(_solve, kind))
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
@@ -87,17 +91,27 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     return solve.lower(*placed).compile(compiler_options=options)
 
 
+def _options(double: bool) -> dict[str, bool | str]:
+    """Options of XLA for all models, on processors.
+
+    The products of small matrices are not divided over threads, which costs more than they do: the
+    stacks of problems are. In 32 bits XLA's own products are faster than those of its library.
+    """
+    options: dict[str, bool | str] = {"xla_cpu_multi_thread_eigen": False}
+    return options if double else options | {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
 @functools.cache
-def _known_options(options: tuple[tuple[str, bool], ...]) -> dict[str, bool]:
-    """The options, none if this processor's compiler does not know them all."""
-    if not options or jax.default_backend() != "cpu":
-        return {}
+def _is_known(name: str, value: bool | str) -> bool:
+    """Whether this processor's compiler knows an option; none where it is no processor."""
+    if jax.default_backend() != "cpu":
+        return False
     try:
-        jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        logger.debug("compiled without %s: %s", options, error)
-        return {}
-    return dict(options)
+        logger.debug("compiled without %s = %s: %s", name, value, error)
+        return False
+    return True
 
 
 def _solve(kind: _Kind, *leaves: Array) -> list[Array]:

@@ -233,7 +233,7 @@ class Model(Objective):
         """Parameters of one source."""
 
     @property
-    def compiler_options(self) -> dict[str, bool]:
+    def compiler_options(self) -> dict[str, bool | str]:
         """Options of XLA that this model's programs are compiled with, on processors."""
         return {}
 

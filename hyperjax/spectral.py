@@ -57,7 +57,7 @@ class SpectralGroup(GaussianGroup):
     """
 
     @property
-    def compiler_options(self) -> dict[str, bool]:
+    def compiler_options(self) -> dict[str, bool | str]:
         """XLA's older kernels: as fast for this model, and compiled in half the time."""
         return {"xla_cpu_use_fusion_emitters": False}
 
