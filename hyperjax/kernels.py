@@ -59,7 +59,7 @@ def solve_on(
     leaves, structure = jax.tree.flatten((problems, tolerances, count))
     specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     double = problems.data.dtype == np.float64
-    with jax.enable_x64(double):
+    with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
         return jax.tree.unflatten(_SOLVED, solve(*leaves))

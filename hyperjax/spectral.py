@@ -160,15 +160,13 @@ class SpectralGroup(GaussianGroup):
             return volume * jnp.exp(-0.5 * (xx * kx**2 + 2 * xy * kx * ky + yy * ky**2))
 
         along, across = sources[:, 1, None] * columns, sources[:, 2, None] * rows
-        sizes, cos_x, sin_x, cos_y, sin_y = lax.optimization_barrier(  # or they are done twice
-            (
-                jax.vmap(size)(sources),
-                *(part(along)[:, None, :] for part in (jnp.cos, jnp.sin)),
-                *(part(across)[:, :, None] for part in (jnp.cos, jnp.sin)),
-            )
+        cos_x, sin_x, cos_y, sin_y = (
+            part(k) for k in (along, across) for part in (jnp.cos, jnp.sin)
         )
-        real = (cos_y * cos_x - sin_y * sin_x).reshape(sizes.shape)
-        imaginary = (sin_y * cos_x + cos_y * sin_x).reshape(sizes.shape)
+        turns = jnp.concatenate([jnp.stack([cos_y, -sin_y], 2), jnp.stack([sin_y, cos_y], 2)], 1)
+        phases = turns @ jnp.stack([cos_x, sin_x], 1)  # a product, for which they are done once
+        real, imaginary = jnp.split(phases.reshape(len(sources), -1), 2, axis=1)
+        sizes = jax.vmap(size)(sources)
         return sizes * real, -sizes * imaginary
 
     def _monomials(
