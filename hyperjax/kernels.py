@@ -68,11 +68,7 @@ def solve_on(
 @functools.cache
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
-    options = {
-        name: value
-        for name, value in (*_options(kind.double).items(), *kind.model.compiler_options.items())
-        if _is_known(name, value)
-    }
+    options = _options(kind.double) | kind.model.compiler_options
     solve = jax.jit(functools.partial(_solve, kind))
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
@@ -88,7 +84,7 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
         jax.ShapeDtypeStruct(argument.shape, argument.dtype, sharding=there)
         for argument in kind.arguments
     ]
-    return solve.lower(*placed).compile(compiler_options=options)
+    return _compiled(solve.lower(*placed), options if jax.default_backend() == "cpu" else {})
 
 
 def _options(double: bool) -> dict[str, bool | str]:
@@ -101,17 +97,16 @@ def _options(double: bool) -> dict[str, bool | str]:
     return options if double else options | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-@functools.cache
-def _is_known(name: str, value: bool | str) -> bool:
-    """Whether this processor's compiler knows an option; none where it is no processor."""
-    if jax.default_backend() != "cpu":
-        return False
+def _compiled(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled:
+    """Compile a program, without those options that this compiler does not know."""
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        logger.debug("compiled without %s = %s: %s", name, value, error)
-        return False
-    return True
+        known = {name: value for name, value in options.items() if name not in str(error)}
+        if known == options:
+            raise
+        logger.debug("compiled without options: %s", error)
+        return _compiled(lowered, known)
 
 
 def _solve(kind: _Kind, *leaves: Array) -> list[Array]:

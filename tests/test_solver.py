@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.optimize import least_squares
 
+from hyperjax.kernels import _compiled
 from hyperjax.least_squares import BoundedLevenbergMarquardt
 
 TIME = np.linspace(0, 4, 40)
@@ -144,3 +145,12 @@ def test_single_precision() -> None:
     )
     assert solution.value.dtype == jnp.float32
     assert_allclose(solution.value, [3, 1.3, 0.5], atol=0.15)
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out() -> None:
+    """But a wrong value of one that it knows is an error."""
+    lowered = jax.jit(lambda x: 2 * x).lower(1.0)
+    options: dict[str, bool | str] = {"xla_no_such_option": True, "xla_another": "a"}
+    assert _compiled(lowered, options | {"xla_cpu_multi_thread_eigen": False})(2.0) == 4.0
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        _compiled(lowered, {"xla_cpu_multi_thread_eigen": "perhaps"})
