@@ -102,10 +102,11 @@ def _compiled(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> ja
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        known = {name: value for name, value in options.items() if name not in str(error)}
-        if known == options:
+        unknown = [name for name in options if f"No such compile option: '{name}'" in str(error)]
+        if not unknown:
             raise
-        logger.debug("compiled without options: %s", error)
+        logger.debug("compiled without %s", ", ".join(unknown))
+        known = {name: value for name, value in options.items() if name not in unknown}
         return _compiled(lowered, known)
 
 
