@@ -23,9 +23,15 @@ from hyperjax.noise import Correlation, covariance_of_sums
 from hyperjax.sources import gaussian_gradient
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     from hyperjax.sources import SourceFits
+
+
+_CHUNK = 1024  # apertures whose pixels are in memory at a time
+_NO_PIXEL = np.zeros((1, 1))
 
 
 class Apertures(NamedTuple):
@@ -66,12 +72,12 @@ class _Sums(NamedTuple):
 
     residual: float = np.nan
     gradient: tuple[float, ...] | NDArray[np.float64] = (0.0,) * 6  # of the source's own model
-    noise_variance: float = 0.0
     area: float = 0.0
     blank_fraction: float = 1.0
+    noise: NDArray[np.float64] = _NO_PIXEL  # of the pixels in the sum
 
 
-_UNDRAWABLE = _Sums(gradient=(np.nan,) * 6, noise_variance=np.nan, area=np.nan)
+_UNDRAWABLE = _Sums(gradient=(np.nan,) * 6, area=np.nan, noise=np.full((1, 1), np.nan))
 
 
 def model_flux(fits: SourceFits) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -143,17 +149,40 @@ def aperture_photometry(
     taken out of the residual.
     """
     noise = np.broadcast_to(np.asarray(rms, dtype=float), residual.shape)
-    sums = [
-        _sum_aperture(
-            residual, noise, peak, ellipse, drawn, ratio, correlation or Correlation.white()
+    drawn_as = _ellipses(fits, shapes)
+    all_ = list(zip(fits.is_drawable, fits.peak, _ellipses(fits), drawn_as, strict=True))
+    sums: list[_Sums] = []
+    variances = np.empty(len(all_))
+    for first in range(0, len(all_), _CHUNK):
+        some = [
+            _sum_aperture(residual, noise, peak, ellipse, drawn, ratio) if there else _UNDRAWABLE
+            for there, peak, ellipse, drawn in all_[first : first + _CHUNK]
+        ]
+        variances[first : first + _CHUNK] = _noise_variances(
+            [each.noise for each in some], correlation or Correlation.white()
         )
-        if drawable
-        else _UNDRAWABLE
-        for drawable, peak, ellipse, drawn in zip(
-            fits.is_drawable, fits.peak, _ellipses(fits), _ellipses(fits, shapes), strict=True
-        )
-    ]
-    return _photometry_from_sums(fits, *_stack(sums))
+        sums += [each._replace(noise=_NO_PIXEL) for each in some]
+    return _photometry_from_sums(
+        fits,
+        residual=np.array([each.residual for each in sums], dtype=float),
+        gradient=np.array([each.gradient for each in sums], dtype=float).reshape(-1, 6),
+        noise_variance=variances,
+        area=np.array([each.area for each in sums], dtype=float),
+        blank_fraction=np.array([each.blank_fraction for each in sums], dtype=float),
+    )
+
+
+def _noise_variances(
+    pixels: Sequence[NDArray[np.float64]], correlation: Correlation
+) -> NDArray[np.float64]:
+    """Variances (n,) of sums over squares of pixels of some noise each, those of a size at once."""
+    sides = np.array([len(square) for square in pixels], dtype=int)
+    out = np.empty(len(pixels))
+    for side in np.unique(sides):
+        which = np.flatnonzero(sides == side)
+        squares = np.stack([pixels[index] for index in which.tolist()])
+        out[which] = covariance_of_sums(squares[:, None], correlation)[:, 0, 0]
+    return out
 
 
 def quadratic_form(
@@ -201,9 +230,8 @@ def _sum_aperture(
     ellipse: _Ellipse,
     drawn: _Ellipse,
     ratio: float,
-    correlation: Correlation,
 ) -> _Sums:
-    """Sum residual, noise variance and the gradient of a source over the aperture `drawn`."""
+    """Sum residual and gradient of a source over the aperture `drawn`."""
     x0, y0, overlaps = _overlaps(drawn, ratio)
     here, there = overlap(x0, y0, len(overlaps), residual.shape)
     inside = overlaps[here]
@@ -220,9 +248,9 @@ def _sum_aperture(
     return _Sums(
         residual=float(weight @ values[usable]),
         gradient=gaussian_gradient(dx, dy, peak, *ellipse[2:]) @ weight,
-        noise_variance=float(covariance_of_sums(weighted[None, None], correlation)[0, 0, 0]),
         area=weight.sum(),
         blank_fraction=blank.sum() / overlaps.sum(),
+        noise=weighted,
     )
 
 
@@ -237,14 +265,6 @@ def _overlaps(drawn: _Ellipse, ratio: float) -> tuple[int, int, NDArray[np.float
     edges = (left, left + side, low, low + side)
     shares = elliptical_overlap_grid(*edges, side, side, major, minor, drawn.theta, 1, 1)
     return x0, y0, np.asarray(shares)
-
-
-def _stack(sums: list[_Sums]) -> tuple[NDArray[np.float64], ...]:
-    """Gather the sums of n apertures field by field: (n,) arrays, (n, 6) for the gradient."""
-    residual = np.array([s.residual for s in sums], dtype=float)
-    gradient = np.array([s.gradient for s in sums], dtype=float).reshape(-1, 6)
-    others = np.array([s[2:] for s in sums], dtype=float).reshape(-1, 3)
-    return residual, gradient, *others.T
 
 
 def _ellipses(fits: SourceFits, shapes: NDArray[np.float64] | None = None) -> list[_Ellipse]:
