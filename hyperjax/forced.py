@@ -419,7 +419,7 @@ def place(given: GivenSources, map: Map) -> Placed:
                 "%s: given sizes are taken as they are in this map, for the beam that they were "
                 "measured with is not known; where it is another one, use an ECSV or IPAC "
                 "catalogue of hyperjax's, which knows it, or fit the sizes (--fit-sizes)",
-                map.path or map.name,
+                map.label,
             )
     return Placed(given, map, x, y, measured)
 

@@ -275,7 +275,7 @@ class _Places:
         self.y, self.x = np.nonzero(depth > edge)
         if len(self.x) == 0:
             raise MapTooSmallError(
-                f"{map.path or map.name}: no pixel is further than {edge:.1f} pixels from the edge "
+                f"{map.label}: no pixel is further than {edge:.1f} pixels from the edge "
                 "and from blank pixels, so no source can be injected; give a larger map"
             )
         self.apart = _APART_FWHM * fwhm
@@ -359,7 +359,7 @@ def _point_noise(after: Extraction, pilot: _Injected, map: Map) -> float:
     )
     if len(row) == 0:
         raise MapError(
-            f"{map.path or map.name}: of {counted(len(pilot.flux), 'injected source')} of "
+            f"{map.label}: of {counted(len(pilot.flux), 'injected source')} of "
             f"{_PILOT:g} times the noise none is found as what it is, so that the completeness "
             "means nothing; see what `hyperjax run` finds, and lower detection.sigma_thres"
         )

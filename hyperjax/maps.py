@@ -593,6 +593,14 @@ class Map:
     frame: str
     rms: FloatArray | None = None
 
+    @property
+    def label(self) -> str:
+        """What messages call it: its file, and its name where that is another (a channel's)."""
+        if self.path is None:
+            return self.name
+        same = self.name == map_name(self.path)
+        return str(self.path) if same else f"{self.path} ({self.name})"
+
     def __repr__(self) -> str:
         """Size, unit, beam and frame on one line."""
         ny, nx = self.shape

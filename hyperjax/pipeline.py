@@ -284,7 +284,7 @@ def _warn_of_white(map: Map, why: str) -> None:
     logger.warning(
         "%s: the map %s; sources are fitted as if the noise of its pixels were independent "
         "(as with noise.model: white)",
-        map.path or map.name,
+        map.label,
         why,
     )
 
@@ -365,7 +365,7 @@ def _with_errors(
         logger.warning(
             "%s: neighbouring pixels share noise, which errors of fits with the loss %s do not "
             "know: they are too small; use fit_options.loss = linear for right ones",
-            map.path or map.name,
+            map.label,
             loss,
         )
     return modelled
@@ -413,7 +413,7 @@ def _correlation(map: Map, residual: NDArray[np.float64], fits: SourceFits) -> C
 
 def _filter_size(map: Map, config: Config) -> int:
     """Side of the box of the high-pass filter, pixels."""
-    wanted, source = config.detection.kernel_size_pix, str(map.path or map.name)
+    wanted, source = config.detection.kernel_size_pix, map.label
     return filter_size(map.beam_fwhm_pix, wanted, map.shape, source)
 
 
@@ -467,16 +467,17 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
         if not rms > least:
             raise ConfigError(
                 f"detection.rms_value = {rms:g}: is below the rounding of the values of "
-                f"{map.path or map.name} (up to {least / _ROUNDING:g} Jy/beam); give the noise of "
+                f"{map.label} (up to {least / _ROUNDING:g} Jy/beam); give the noise of "
                 "the map in Jy/beam"
             )
         return rms
     rms = clipped_rms(filtered / _variation(map))
     if not rms > least:
         raise BlankMapError(
-            f"{map.path or map.name}: more than half of the map has one and the same value, so its "
-            "noise cannot be measured; mask that part with NaN, or set detection.use_manual_rms "
-            "and detection.rms_value"
+            f"{map.label}: the noise cannot be measured, as more than half of the map has one and "
+            "the same value, or is nothing beside its brightest pixel "
+            f"({least / _ROUNDING:.3g} Jy/beam); mask that with NaN, or set "
+            "detection.use_manual_rms and detection.rms_value"
         )
     return rms
 

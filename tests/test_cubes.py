@@ -125,6 +125,12 @@ def test_a_channel_is_a_map_with_its_own_beam(made: Made, channel: int) -> None:
     assert read_channel(made.path, channel, config_from_dict(wanted)).beam.major_arcsec == 7
 
 
+def test_messages_name_the_channel(made: Made) -> None:
+    channel = read_channel(made.path, 2, config_from_dict({}))
+    assert channel.label == str(made.path)
+    assert replace(channel, name="c_ch0002").label == f"{made.path} (c_ch0002)"
+
+
 def test_a_channel_in_kelvin_has_its_own_frequency(tmp_path: Path) -> None:
     made = Made(tmp_path / "k.fits", unit="K", stokes=False)
     for channel in (1, 5):
