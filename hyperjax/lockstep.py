@@ -12,8 +12,6 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
 
@@ -183,11 +181,15 @@ def _fit_alike(wanted: Sequence[_Wanted]) -> list[_Fitted]:
 
 
 def _joined(batches: Sequence[Any]) -> Any:
+    import numpy as np  # not before there is something to join: `hyperjax --help` has no need of it
+
     kind = type(batches[0])
     return kind(*(np.concatenate(leaves) for leaves in zip(*batches, strict=True)))
 
 
 def _divided(result: Any, counts: Sequence[int]) -> list[Any]:
+    import numpy as np
+
     ends = np.cumsum(counts)[:-1]
     leaves = [np.split(leaf, ends) for leaf in result]
     return [type(result)(*parts) for parts in zip(*leaves, strict=True)]
