@@ -11,6 +11,7 @@ from functools import cache
 from logging.handlers import MemoryHandler, QueueHandler
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from hyperjax.errors import OutputError
 from hyperjax.lockstep import own_time
@@ -22,6 +23,22 @@ LIBRARY = ("hyperjax", "py.warnings")
 
 _ALL, _NEVER = 1 << 30, 1 << 30  # records, and a level above any: keep until told otherwise
 _FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+class _Levels(NamedTuple):
+    """Levels of a logger: its own and what that came to before any handler, and the handlers'."""
+
+    own: int
+    effective: int
+    wanted: list[int]
+
+    @property
+    def lowest(self) -> int:
+        """The level that lets all handlers have their records."""
+        return min([self.effective, *self.wanted])
+
+
+_levels: dict[logging.Logger, _Levels] = {}  # of those with handlers of ours
 
 
 class _ListHandler(QueueHandler):
@@ -44,18 +61,27 @@ def counted(number: int, noun: str) -> str:
 def attached(
     handler: logging.Handler, level: int, names: Iterable[str] = LIBRARY
 ) -> Iterator[None]:
-    """Send the records of the named loggers to a handler, which is closed at the end."""
+    """Send the records of the named loggers to a handler, which is closed at the end.
+
+    Handlers may come and go in any order.
+    """
     handler.setLevel(level)
-    loggers = {logger: logger.level for logger in map(logging.getLogger, names)}
+    loggers = list(map(logging.getLogger, names))
     for logger in loggers:
+        if logger not in _levels:
+            _levels[logger] = _Levels(logger.level, logger.getEffectiveLevel(), [])
+        _levels[logger].wanted.append(level)
         logger.addHandler(handler)
-        logger.setLevel(min(level, logger.getEffectiveLevel()))
+        logger.setLevel(_levels[logger].lowest)
     try:
         yield
     finally:
-        for logger, level_before in loggers.items():
+        for logger in loggers:
             logger.removeHandler(handler)
-            logger.setLevel(level_before)
+            _levels[logger].wanted.remove(level)
+            logger.setLevel(_levels[logger].lowest)
+            if not _levels[logger].wanted:
+                logger.setLevel(_levels.pop(logger).own)
         handler.close()
 
 

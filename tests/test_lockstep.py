@@ -138,15 +138,21 @@ def test_time_of_others_is_not_ones_own() -> None:
 
 
 def test_a_log_has_the_lines_of_its_own_call(tmp_path: Path) -> None:
+    """All of them, also those after the first call has ended."""
+    steps = {"a": 1, "b": 3, "c": 2}
+    logger = logging.getLogger("hyperjax")
+    before = logger.level
+
     def call(name: str) -> None:
         log = log_file(tmp_path / name, thread=threading.get_ident())
         with log as begin:
             begin()
-            for step in range(2):
+            for step in range(steps[name]):
                 logging.getLogger("hyperjax.test").info("%s %d", name, step)
                 fit_with_others(0, Doubler(), Numbers(np.zeros(1)))
 
-    list(in_step([lambda: call("a"), lambda: call("b")]))
-    for name in "ab":
+    list(in_step([lambda n=name: call(n) for name in steps]))
+    for name, count in steps.items():
         lines = (tmp_path / name).read_text().splitlines()
-        assert [line.split(": ")[-1] for line in lines] == [f"{name} 0", f"{name} 1"]
+        assert [line.split(": ")[-1] for line in lines] == [f"{name} {n}" for n in range(count)]
+    assert logger.level == before
