@@ -9,7 +9,6 @@ same steps), solved in persistent lanes, on all cores, and brought back with its
 import functools
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from hyperjax.models import (
     Scale,
     monomials,
 )
-from hyperjax.runtime import fit_threads
+from hyperjax.runtime import at_once, fit_threads
 from hyperjax.solver import (
     CONVERGED,
     NO_DATA,
@@ -266,12 +265,8 @@ def _in_pieces(
         GroupBatch(*(leaf[first : first + size] for leaf in batch))
         for first in range(0, count, size)
     ]
-    places = itertools.cycle(devices)
-    if len(pieces) == 1 or threads == 1:
-        fits = list(map(fit, pieces, places))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            fits = list(pool.map(fit, pieces, places))
+    placed = list(zip(pieces, itertools.cycle(devices), strict=False))
+    fits = at_once(lambda pair: fit(*pair), placed, threads)
     return FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
 
 

@@ -50,9 +50,9 @@ class _Member(threading.Thread, Generic[T]):
     def __init__(self, call: Callable[[], T]) -> None:
         super().__init__(daemon=True)
         self._call = call
-        self._resumed, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._resumed, self._rests = threading.Semaphore(0), threading.Event()
+        self._rests.set()
         self._fitted = _Fitted(None, 0.0)
-        self._running = False
         self.elsewhere = 0.0
         self.wanted: _Wanted | None = None
         self.result: T | None = None
@@ -60,24 +60,20 @@ class _Member(threading.Thread, Generic[T]):
 
     def advance(self, fitted: _Fitted) -> bool:
         """Go on, with what was fitted, to the next fit; whether there is one."""
-        self.wanted, self._fitted, self._running = None, fitted, True
+        self.wanted, self._fitted = None, fitted
+        self._rests.clear()
         if self.ident is None:
             self.start()
         else:
             self._resumed.release()
-        self._until_stopped()
+        self._rests.wait()
         return self.wanted is not None
 
     def abandon(self) -> None:
         """End at the next fit, and wait for that."""
-        if self._running:
-            self._until_stopped()
+        self._rests.wait()
         while self.wanted is not None:
             self.advance(_Fitted(_Abandoned(), 0.0))
-
-    def _until_stopped(self) -> None:
-        self._stopped.acquire()
-        self._running = False
 
     def run(self) -> None:
         """Work, in the thread."""
@@ -87,13 +83,13 @@ class _Member(threading.Thread, Generic[T]):
         except BaseException as error:  # raised again where the result is asked for
             self.error = error
         finally:
-            self._stopped.release()
+            self._rests.set()
 
     def wait_for(self, wanted: _Wanted) -> Any:
         """Wait for a fit, in the thread."""
         begin = time.perf_counter()
         self.wanted = wanted
-        self._stopped.release()
+        self._rests.set()
         self._resumed.acquire()
         result, seconds = self._fitted
         self.elsewhere += time.perf_counter() - begin - seconds

@@ -28,9 +28,12 @@ def cpu_threads() -> int:
     return _threads or usable_cores()
 
 
-def at_once(call: Callable[[S], T], items: Sequence[S]) -> list[T]:
-    """Return what a function that releases Python's lock makes of each item, some at a time."""
-    threads = min(cpu_threads(), len(items))
+def at_once(call: Callable[[S], T], items: Sequence[S], threads: int | None = None) -> list[T]:
+    """Return what a function that releases Python's lock makes of each item, some at a time.
+
+    That is in `cpu_threads` unless their number is given.
+    """
+    threads = min(threads or cpu_threads(), len(items))
     if threads < 2:
         return list(map(call, items))
     with ThreadPoolExecutor(threads) as pool:
