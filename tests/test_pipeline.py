@@ -17,6 +17,7 @@ from astropy.stats import mad_std
 from astropy.table import QTable
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import uniform_filter
 from scipy.optimize import least_squares
 
 from hyperjax import modelling
@@ -411,6 +412,18 @@ def test_a_map_without_sources_gives_an_empty_catalogue(
     assert not result.model.any()
     assert np.std(result.residual) == pytest.approx(1e-3, rel=0.1)
     assert_allclose(result.background + result.residual, simulated.data, atol=1e-15)
+
+
+def test_the_background_of_a_wide_beam_is_smooth_over_four_beams(observe: Observe) -> None:
+    """No wider than that, as with a beam of fewer pixels: else structure stays in the residual."""
+    options = replace(EMPTY, beam_fwhm_pix=10.0, shape=(200, 210))
+    _, image = observe(options)
+    result = extract(image)
+    side = 41  # the odd number of pixels above four beams
+    assert len(result.catalog) == 0
+    inside = (slice(side, -side),) * 2
+    expected = uniform_filter(image.data, side)[inside]
+    assert_allclose(result.background[inside], expected, atol=1e-9)
 
 
 def test_detection_only_gives_the_peaks_without_fits(field: Measured) -> None:
