@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 from astropy.io import ascii as tables
+from astropy.io import fits
 from astropy.modeling import models
 from astropy.stats import sigma_clipped_stats
 from astropy.wcs import WCS
@@ -184,6 +185,32 @@ def on_map(cutout: Image, result: Sequence[Any], shape: tuple[int, int]) -> Imag
     return out
 
 
+def other_background() -> None:
+    """The background is not fitted here: it is that which hyperjax fitted."""
+    single = bkg_single.masked_background_single_sources
+    gaussfit.masked_background_single_sources = with_background(single)
+    fitting.multigauss_background = with_background(bkg_multigauss.multigauss_background)
+
+
+def with_background(function: Callable[..., Any]) -> Any:
+    """A function that fits backgrounds, with another background in what it gives."""
+    signature, chosen = inspect.signature(function), best_of(function)
+    background, seen = (fits.getdata(config()[name]) for name in ("background", "map"))
+
+    @functools.wraps(function)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        image = signature.bind(*args, **kwargs).arguments["image"]
+        result = list(chosen(*args, **kwargs))
+        x_min, x_max, y_min, y_max = result[9:13]
+        box = (slice(y_min, y_max), slice(x_min, x_max))
+        unit = np.nanmedian(image[box] / seen[box])
+        result[3] = unit * background[box]
+        result[0] = image[box] - result[3]
+        return tuple(result)
+
+    return replaced
+
+
 # --- Fits ----------------------------------------------------------------------------------------
 
 
@@ -307,6 +334,7 @@ AMENDMENTS: Mapping[str, Callable[[], None]] = {
     "mask": whole_mask,
     "filling": no_filling,
     "selection": same_pixels,
+    "background": other_background,
     "peaks": wide_peaks,
     "sizes": bounded_sizes,
     "groups": wide_groups,
@@ -325,11 +353,14 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--beam-pix", type=float, required=True, help="FWHM of the beam, pixels")
     parser.add_argument("--known", type=Path, help="catalogue of an earlier run, for neighbours")
+    parser.add_argument("--background", type=Path, help="image of the one to take, in the map's unit")
     parser.add_argument("--change", nargs="*", choices=AMENDMENTS, default=[])
     options = parser.parse_args()
     config().update(yaml.safe_load(options.config.read_text(encoding="utf-8")))
     side = int(options.beam_pix) ** 2
     config().update(beam_pix=options.beam_pix, known=options.known, filter_side=side - 1 + side % 2)
+    paths, name = config()["paths"]["input"], config()["files"]["file_map_name"]
+    config().update(background=options.background, map=Path(paths["dir_maps"]) / name)
     for name in options.change:
         AMENDMENTS[name]()
     hyper.start_hyper(str(options.config))

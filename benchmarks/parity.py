@@ -75,6 +75,7 @@ NEIGHBOURS = Step("neighbours outside the group stay", ("neighbours",))
 GROUPS = Step("groups of 2 beams, not 2.5", ("groups",), is_choice=True)
 FILTER = Step("filter of 3.75 beams, not 4.25", ("filter",), is_choice=True)
 BACKGROUND = Step("background: mask, filling, boxes", ("mask", "filling", "selection"))
+SAME = Step("the background that hyperjax fitted", ("background",), is_choice=True)
 IN_BLENDS = Step("sizes and circles in blends", ("sizes", "circle"))
 CHOICES = Step("groups and filter", ("groups", "filter"), is_choice=True)
 
@@ -84,7 +85,7 @@ CASES: Mapping[str, Case] = {
         {},
         (
             *(NOISE, THRESHOLD, WEIGHTS, POSITIONS, MASK, FILLING, SELECTION),
-            *(PEAKS, SIZES, CIRCLE, GROUPS, FILTER, NEIGHBOURS),
+            *(PEAKS, SIZES, CIRCLE, GROUPS, FILTER, NEIGHBOURS, SAME),
         ),
     ),
     "vary": Case(
@@ -92,7 +93,7 @@ CASES: Mapping[str, Case] = {
         {"fit_options": {"vary": True}},
         (
             *(Step("one noise, threshold", ("noise", "threshold")), PEAKS, WEIGHTS, POSITIONS),
-            *(BACKGROUND, IN_BLENDS, CHOICES, NEIGHBOURS),
+            *(BACKGROUND, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         ),
     ),
     "together": Case(
@@ -123,7 +124,7 @@ CASES: Mapping[str, Case] = {
     "given": Case(
         "positions given",
         {},
-        (WEIGHTS, BACKGROUND, PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
+        (WEIGHTS, BACKGROUND, PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         at_truth=True,
     ),
     "even": Case(
@@ -131,7 +132,7 @@ CASES: Mapping[str, Case] = {
         {"fit_options": {"weights": "null"}},
         (
             *(Step("one noise, threshold", ("noise", "threshold")), POSITIONS, BACKGROUND),
-            *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
+            *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         ),
     ),
 }
@@ -323,7 +324,8 @@ def run_hyper_py(
     command = [options.hyper_py, "-m", "hyper_py", file]
     if changes:
         command = [options.hyper_py, str(AMENDED), file, "--beam-pix", str(BEAM_PIX)]
-        command += ["--known", str(known), "--change", *changes]
+        background = folder.with_name("hyperjax") / "out/fits/map_background.fits"
+        command += ["--known", str(known), "--background", str(background), "--change", *changes]
     alone = {**dict.fromkeys(BLAS_VARIABLES, "1"), "PYTHONPATH": ""}
     measured(command, folder, options.timeout, alone)
     return Table.read(folder / "out/params/params_ALL.csv", format="ascii.csv")
