@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--beam-pix", type=float, required=True, help="FWHM of the beam, pixels")
     parser.add_argument("--known", type=Path, help="catalogue of an earlier run, for neighbours")
-    parser.add_argument("--background", type=Path, help="image of the one to take, in the map's unit")
+    parser.add_argument("--background", type=Path, help="image of it, unit of the map")
     parser.add_argument("--change", nargs="*", choices=AMENDMENTS, default=[])
     options = parser.parse_args()
     config().update(yaml.safe_load(options.config.read_text(encoding="utf-8")))
