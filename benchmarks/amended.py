@@ -215,9 +215,9 @@ def with_background(function: Callable[..., Any]) -> Any:
 
 
 class OtherBounds(Parameters):
-    """Peaks from 0 to thrice the brightest pixel; sizes up to the largest allowed one."""
+    """Peaks from 0 to thrice the brightest pixel; sizes up to the largest; angles unbounded."""
 
-    peaks = sizes = False
+    peaks = sizes = angles = False
 
     def add(self, name: Any, value: Any = None, **options: Any) -> None:
         if self.peaks and str(name).endswith("amplitude"):
@@ -225,6 +225,8 @@ class OtherBounds(Parameters):
         if self.sizes and str(name).endswith(("_sx", "_sy", "_sigmax", "_sigmay")):
             options["max"] = float(config()["photometry"]["aper_sup"]) * beam_sigma()
             value = min(value, options["max"])
+        if self.angles and str(name).endswith("theta"):
+            options.update(min=-np.inf, max=np.inf)
         super().add(name, value, **options)
 
 
@@ -242,6 +244,11 @@ def wide_peaks() -> None:
 def bounded_sizes() -> None:
     """Sizes stay below `aper_sup` beams."""
     other_bounds("sizes")
+
+
+def free_angles() -> None:
+    """Angles go on beyond 90 degrees from the x axis, where the same ellipse begins again."""
+    other_bounds("angles")
 
 
 def wide_groups() -> None:
@@ -337,6 +344,7 @@ AMENDMENTS: Mapping[str, Callable[[], None]] = {
     "background": other_background,
     "peaks": wide_peaks,
     "sizes": bounded_sizes,
+    "angles": free_angles,
     "groups": wide_groups,
     "filter": wide_filter,
     "weights": modelled_weights,

@@ -68,6 +68,7 @@ MASK = Step("background: sources masked too narrowly", ("mask",))
 FILLING = Step("background: masked pixels filled and fitted", ("filling",))
 SELECTION = Step("background: boxes compared on other pixels", ("selection",))
 PEAKS = Step("lower bounds of peaks", ("peaks",))
+ANGLES = Step("angles stop at 90 deg from the x axis", ("angles",))
 SIZES = Step("sizes beyond aper_sup", ("sizes",))
 CIRCLE = Step("smaller circles fitted in blends", ("circle",))
 NUMBER = Step("own source masked as another's", ("number",))
@@ -85,7 +86,7 @@ CASES: Mapping[str, Case] = {
         {},
         (
             *(NOISE, THRESHOLD, WEIGHTS, POSITIONS, MASK, FILLING, SELECTION),
-            *(PEAKS, SIZES, CIRCLE, GROUPS, FILTER, NEIGHBOURS, SAME),
+            *(PEAKS, ANGLES, SIZES, CIRCLE, GROUPS, FILTER, NEIGHBOURS, SAME),
         ),
     ),
     "vary": Case(
@@ -93,7 +94,7 @@ CASES: Mapping[str, Case] = {
         {"fit_options": {"vary": True}},
         (
             *(Step("one noise, threshold", ("noise", "threshold")), PEAKS, WEIGHTS, POSITIONS),
-            *(BACKGROUND, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
+            *(BACKGROUND, ANGLES, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         ),
     ),
     "together": Case(
@@ -109,7 +110,7 @@ CASES: Mapping[str, Case] = {
         },
         (
             *(Step("one noise, threshold", ("noise", "threshold")), NUMBER, POSITIONS, PEAKS),
-            *(IN_BLENDS, CHOICES, NEIGHBOURS),
+            *(ANGLES, IN_BLENDS, CHOICES, NEIGHBOURS),
         ),
     ),
     "flat": Case(
@@ -117,14 +118,14 @@ CASES: Mapping[str, Case] = {
         {"background": {"fit_gauss_and_bg_separately": False, "fix_max_box": 3}},
         (
             *(Step("one noise, threshold", ("noise", "threshold")), NUMBER, WEIGHTS, POSITIONS),
-            *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS),
+            *(PEAKS, ANGLES, IN_BLENDS, CHOICES, NEIGHBOURS),
         ),
         ("--gradient", "0", "--structure", "0"),
     ),
     "given": Case(
         "positions given",
         {},
-        (WEIGHTS, BACKGROUND, PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
+        (WEIGHTS, BACKGROUND, PEAKS, ANGLES, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         at_truth=True,
     ),
     "even": Case(
@@ -132,7 +133,7 @@ CASES: Mapping[str, Case] = {
         {"fit_options": {"weights": "null"}},
         (
             *(Step("one noise, threshold", ("noise", "threshold")), POSITIONS, BACKGROUND),
-            *(PEAKS, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
+            *(PEAKS, ANGLES, IN_BLENDS, CHOICES, NEIGHBOURS, SAME),
         ),
     ),
 }
