@@ -3,11 +3,10 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hyperjax.config import all_keys
+from hyperjax.config import Config, all_keys
 from hyperjax.config_io import OLDER_KEYS, config_from_dict, load_config
 from hyperjax.maps import brightness_unit
 
@@ -59,23 +58,21 @@ def test_every_example_explains_itself(path: Path) -> None:
     assert text.count("#") > 4
 
 
+OLDER = {
+    "paths": {"dir_comm": "a"},
+    "control": {"use_fixed_source_table": True, "fixed_source_table_path": "t.txt"},
+    "detection": {"fixed_peaks": True},
+    "background": {"no_background": True, "fit_gauss_and_bg_together": True},
+}
+
+
 @pytest.mark.parametrize("key", OLDER_KEYS)
 def test_every_key_of_the_older_dialect_is_read(key: str) -> None:
-    values: dict[str, Any] = {
-        "paths.dir_comm": "a",
-        "control.use_fixed_source_table": False,
-        "control.fixed_source_table_path": "t.txt",
-        "background.no_background": True,
-    }
-    section, name = key.split(".")
-    options: dict[str, Any] = {section: {name: values[key]}}
-    if key == "control.fixed_source_table_path":
-        options[section]["use_fixed_source_table"] = False
-    config = config_from_dict(options)
-    read, meant = {
-        "paths.dir_comm": (config.paths.output.dir_root, "a"),
-        "control.use_fixed_source_table": (config.detection.use_fixed_source_table, False),
-        "control.fixed_source_table_path": (config.detection.fixed_source_table_path, "t.txt"),
-        "background.no_background": (config.background.fit_gauss_and_bg_together, False),
+    config = config_from_dict(OLDER)
+    read, meant, unset = {
+        "paths.dir_comm": (config.paths.output.dir_root, "a", Config().paths.output.dir_root),
+        "control.use_fixed_source_table": (config.detection.use_fixed_source_table, True, False),
+        "control.fixed_source_table_path": (config.detection.fixed_source_table_path, "t.txt", ""),
+        "background.no_background": (config.background.fit_gauss_and_bg_together, False, True),
     }[key]
-    assert read == meant
+    assert read == meant != unset
