@@ -89,6 +89,13 @@ RmsMap = Annotated[
         help="FITS image of the noise of the map, on its grid. Default: measured.",
     ),
 ]
+RmsHdu = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Number or name of the extension of the noise, in --rms-map or in the map itself.",
+    ),
+]
 
 
 @contextmanager
@@ -223,6 +230,7 @@ def run(
     unit: Unit = None,
     beam: BeamFwhm = None,
     rms_map: RmsMap = None,
+    rms_hdu: RmsHdu = None,
     frequency: Annotated[
         float | None,
         typer.Option(
@@ -258,6 +266,9 @@ def run(
     detection_only: Annotated[
         bool, typer.Option("--detection-only", help="Detect the sources, but do not fit them.")
     ] = False,
+    overview: Annotated[
+        bool, typer.Option("--overview/--no-overview", help="Draw a picture of each map.")
+    ] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show at the end how long each step took.")
     ] = False,
@@ -299,10 +310,12 @@ def run(
         "survey.survey_code": survey_code,
         "files.hdu": hdu,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
+        "noise.rms_hdu": rms_hdu,
         "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
         "photometry.fixed_radius": False if fit_sizes else True if sources else None,
+        "visualization.visualize_overview": None if overview else False,
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
@@ -422,7 +435,9 @@ def _print_summary(result: "SurveyResult", units: "Units") -> None:
     if rows:
         rms = f"rms [{units.flux_unit}/beam]"
         _print_table(("map", "sources", rms, "noise", "seconds", "catalogue"), rows)
-        typer.echo(f"\npictures: {_short(result.layout.plots)}")
+        typer.echo()
+    if any(path.suffix == ".png" for outcome in result.finished for path in outcome.files):
+        typer.echo(f"pictures: {_short(result.layout.plots)}")
     if len(rows) > 1:
         typer.echo(f"merged catalogue: {_short(result.merged_table)}")
 
@@ -585,6 +600,7 @@ def completeness(
     unit: Unit = None,
     beam: BeamFwhm = None,
     rms_map: RmsMap = None,
+    rms_hdu: RmsHdu = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -604,6 +620,7 @@ def completeness(
         "units.map_unit": unit,
         "survey.beam_fwhm_arcsec": beam,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
+        "noise.rms_hdu": rms_hdu,
     }
     with _errors_in_one_line(debug):
         from rich.console import Console

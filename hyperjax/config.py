@@ -684,8 +684,12 @@ class FitsOutput(_Section):
 
 
 class Visualization(_Section):
-    """Pictures of single fits."""
+    """Pictures."""
 
+    visualize_overview: bool = Field(
+        default=True,
+        description="Draw one picture of each map: the map, the model and the residual.",
+    )
     visualize_fitting: bool = Field(
         default=False,
         description="Draw what fits_fitting writes, as images and as surfaces.",

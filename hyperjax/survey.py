@@ -531,7 +531,8 @@ def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
             cores = task.cores or usable_cores()
             singles = write_singles(extraction, task.layout.root, cores)
     with timed(steps, "write", task.name):
-        files = (*write_extraction(extraction, task.layout), *singles)
+        overview = task.config.visualization.visualize_overview
+        files = (*write_extraction(extraction, task.layout, plots=overview), *singles)
         if task.channel is not None:
             files = (*files, write_slice(extraction, _slice_file(task)))
     rms = float(np.nanmedian(extraction.rms))

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pytest
 from astropy.io import fits
 from astropy.table import QTable
 from rich.console import Console
-from test_survey import one_source, products, write_map
+from test_survey import one_source, products, without_pictures, write_map
 from typer.testing import CliRunner
 
 import hyperjax
@@ -29,7 +28,6 @@ from hyperjax import cli, survey
 from hyperjax.config import Config
 from hyperjax.config_io import load_config
 from hyperjax.evaluate import matches
-from hyperjax.products import write_extraction
 from hyperjax.simulation import Simulation
 
 COMMANDS = ("run", "completeness", "init", "simulate", "demo")
@@ -59,7 +57,7 @@ def here(
 @pytest.fixture
 def fake_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Find one source on any map, without JAX, and draw nothing."""
-    monkeypatch.setattr(survey, "write_extraction", partial(write_extraction, plots=False))
+    monkeypatch.setattr(survey, "write_extraction", without_pictures)
     monkeypatch.setattr(survey, "_extractor", lambda cores: one_source)
 
 

@@ -13,8 +13,10 @@ from astropy.io import fits
 from astropy.table import QTable
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import ArrayLike, NDArray
+from typer.testing import CliRunner
 
 from hyperjax.catalog import FLAGS
+from hyperjax.cli import app
 from hyperjax.config import Config, Detection
 from hyperjax.config_io import config_from_dict
 from hyperjax.detection import shoulder_score
@@ -341,6 +343,19 @@ def test_folders_and_names_of_a_run_are_those_of_the_configuration(
         assert (root / f"ds9/marks_{name}_ellipses.reg").is_file()
         assert (root / f"records/{name}.log").is_file()
     assert (root / "records/run.txt").is_file()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_map_is_drawn_unless_that_is_not_wanted(wanted: bool, tmp_path: Path, field: Map) -> None:
+    header = field.wcs.to_header()
+    header["BUNIT"] = "Jy/beam"
+    fits.writeto(tmp_path / "m.fits", field.data, header)
+    flag = "--overview" if wanted else "--no-overview"
+    options = ["--detection-only", "--beam", str(2 * BEAM), flag, "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "m.fits"), *options])
+    assert result.exit_code == 0
+    assert (tmp_path / "out/plots/m_overview.png").is_file() == wanted
+    assert ("pictures: " in result.stdout) == wanted
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,10 @@ def test_the_noise_in_an_extension_of_the_map(sky: Sky) -> None:
     assert_allclose(extract(read_map(path), config).rms, NOISE)
     with pytest.raises(HyperjaxError, match="NOTHERE"):
         extract(read_map(path), config_from_dict({"noise": {"rms_hdu": "NOTHERE"}}))
+    out = sky.folder / "of_extension"
+    options = ["--rms-hdu", "ERROR", "--detection-only", "--no-overview", "-o", str(out)]
+    assert CliRunner().invoke(app, ["run", str(path), *options]).exit_code == 0
+    assert_allclose(fits.getdata(out / "fits/both_rms.fits"), NOISE, rtol=1e-6)
     with pytest.raises(ConfigError, match="comes from no file"):
         extract(replace(sky.image, path=None), config)
 

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,10 +79,15 @@ def one_source(image: Any, config: Config) -> Any:
     )
 
 
+def without_pictures(extraction: Any, layout: Layout, *, plots: bool) -> list[Path]:
+    """Write the products of a map, but draw nothing."""
+    return write_extraction(extraction, layout, plots=False)
+
+
 @pytest.fixture
 def extract_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Let surveys in this process use another extraction, and draw nothing."""
-    monkeypatch.setattr(survey, "write_extraction", partial(write_extraction, plots=False))
+    monkeypatch.setattr(survey, "write_extraction", without_pictures)
 
     def use(extract: Any) -> None:
         monkeypatch.setattr(survey, "_extractor", lambda cores: extract)
