@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.errors import FitInputError
 from hyperjax.kernels import solve_on
+from hyperjax.large_groups import inverse_blocks, solve_large
 from hyperjax.lockstep import fit_with_others
 from hyperjax.models import (
     LEAST_ELLIPTICITY,
@@ -62,6 +63,7 @@ _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
 _LANES = 32  # of a core, at most
+_MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
 
@@ -137,7 +139,9 @@ class FitResult(NamedTuple):
     covariance
         (group, P, P) of the sources' parameters and then the coefficients: the inverse of the
         Gauss-Newton matrix at the optimum, for a robust loss times the spread of the residuals
-        (`models.misfit`); 0 for what was held, NaN where it is singular.
+        (`models.misfit`); 0 for what was held, NaN where it is singular. For batches of more than
+        32 slots (group, slot, 6, 6): each source's own block of it, as the whole grows with the
+        square of their number.
     cost
         (group,) half the weighted sum of squared residuals (of the loss).
     chi2_red, bic, nmse
@@ -169,6 +173,9 @@ def fit_groups(
 ) -> FitResult:
     """Fit every group of the batch: Gaussians and a polynomial background, jointly.
 
+    Groups may have any number of sources; batches of more than 32 slots are solved group by group
+    on sparse matrices, so that memory does not grow with the square of the slots.
+
     Parameters
     ----------
     batch
@@ -195,7 +202,10 @@ def fit_groups(
     _, ny, nx = batch.data.shape
     wanted = max(int(batch.order.max()), highest_order)
     highest = next(order for order in _ORDERS if wanted <= order)
-    model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest, options.loss)
+    slots = batch.start.shape[1]
+    model = GaussianGroup(Grid((ny, nx)), slots, highest, options.loss)
+    if slots > _MOST_SLOTS:
+        return _large(model, options, batch)
 
     def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
         _check_values(piece)
@@ -224,13 +234,41 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
     return result._replace(nmse=2 * result.cost / np.where(power > 0, power, 1))
 
 
+def _large(model: GaussianGroup, options: FitOptions, batch: GroupBatch) -> FitResult:
+    """The fits of groups of any number of sources, one by one (`hyperjax.large_groups`)."""
+    _check_values(batch)
+
+    def fit(row: int) -> FitResult:
+        one = GroupBatch(*(leaf[row : row + 1] for leaf in batch))
+        doubled = (leaf.astype(np.float64) if leaf.dtype.kind == "f" else leaf for leaf in one)
+        one = GroupBatch(*doubled)
+        problems = to_problems(np, model, one, options)
+        problem = jax.tree.map(lambda leaf: leaf[0], problems)
+        solution, scale = solve_large(model, problem, tolerances_of(options, np.float64))
+        inverse = inverse_blocks(solution.normal.matrix, problem.free, model.slots)
+        solution = solution._replace(normal=solution.normal._replace(matrix=None))
+        solution, scale = jax.tree.map(lambda leaf: np.asarray(leaf)[None], (solution, scale))
+        slopes = _slopes(model.grid, scale.unit, _sources_of(model, solution))
+        covariance = slopes @ inverse[None] @ slopes.swapaxes(-1, -2)
+        return _to_results(model, one, problems.free, solution, scale, covariance)
+
+    fits = at_once(fit, range(len(batch.data)), fit_threads(1))
+    results = FitResult(*(np.concatenate(leaves) for leaves in zip(*fits, strict=True)))
+    dtype = batch.data.dtype
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if leaf.dtype.kind == "f" else leaf, results
+    )
+
+
 def _fitted(
     model: GaussianGroup, options: FitOptions, batch: GroupBatch, device: jax.Device
 ) -> FitResult:
     """The fits of at most the largest of the `block_sizes` groups."""
     problems = to_problems(np, model, batch, options)
     solution, scale = solve_block(model, problems, options, device)
-    return _to_results(model, batch, problems.free, solution, scale)
+    sources = _sources_of(model, solution)
+    inverse = _inverse_matrix(model.grid, scale, problems.free, sources, solution)
+    return _to_results(model, batch, problems.free, solution, scale, inverse)
 
 
 def in_pieces(
@@ -424,22 +462,23 @@ def _to_results(
     free: Bool[np.ndarray, "group P"],
     solution: Solution,
     scale: Scale,
+    inverse: np.ndarray,
 ) -> FitResult:
-    """The solutions in pixel units, with covariance and statistics."""
-    count, slots = batch.present.shape
+    """The solutions in pixel units, with covariance and statistics.
+
+    `inverse` is that of the matrix (group, ...) in the units of the scaled problem's noise.
+    """
     params, coefficients = to_parameters(np, model, batch, scale, solution.params)
-    sources = solution.params[:, : slots * SHAPE].reshape(count, slots, SHAPE)
     noise = scale.weight * scale.unit**2
     freedom = np.sum(free, 1)
     chi2 = solution.normal.chi2 * noise
     n = np.maximum(scale.pixels, 1).astype(chi2.dtype)
     tiny = np.finfo(chi2.dtype).tiny
     spread = 1 / noise if model.loss == "linear" else solution.normal.spread
-    inverse = _inverse_matrix(model.grid, scale, free, sources, solution)
     return FitResult(
         params=params,
         coefficients=coefficients,
-        covariance=inverse * spread[:, None, None],
+        covariance=inverse * spread.reshape(-1, *[1] * (inverse.ndim - 1)),
         cost=solution.normal.cost * noise,
         chi2_red=chi2 / np.maximum(scale.pixels - freedom, 1),
         bic=n * np.log(np.maximum(chi2, tiny) / n) + freedom * np.log(n),
@@ -448,6 +487,11 @@ def _to_results(
         status=solution.status,
         on_bound=_on_bound(batch, params, model.grid),
     )
+
+
+def _sources_of(model: GaussianGroup, solution: Solution) -> np.ndarray:
+    """The scaled parameters (group, slot, 6) of the sources."""
+    return np.asarray(solution.params[:, : model.slots * SHAPE].reshape(-1, model.slots, SHAPE))
 
 
 def _on_bound(batch: GroupBatch, params: np.ndarray, grid: Grid) -> np.ndarray:

@@ -27,13 +27,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 LOSSES = ("linear", "soft_l1", "huber", "cauchy")
 SHAPE = 6
+"""Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
 
 LEAST_ELLIPTICITY = 1e-6
 """log(sigma_major / sigma_minor) below which the errors of a source are those of this one.
 
 The angle of a round source is undefined; its error is huge then, but finite.
 """
-"""Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
 
 
 def monomials(degree: int) -> list[tuple[int, int]]:
@@ -551,7 +551,7 @@ class GaussianGroup(Model):
         """
         sources, slopes = self._sources(params), self._sources(gradient)
         low, high = self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
-        blocks, shape, frozen, bend = jax.vmap(_shape_chart)(sources, slopes, low, high)
+        blocks, shape, frozen, bend = jax.vmap(shape_chart)(sources, slopes, low, high)
         endless = jnp.full_like(low, jnp.inf)
         basis = jnp.eye(self.size, dtype=params.dtype)
         for k in range(self.slots):
@@ -572,7 +572,7 @@ class GaussianGroup(Model):
     ) -> Float[Array, " P"]:
         """The feasible point that the local `step` leads to, each sigma clipped to its bounds."""
         low, high = self._sources(problem.lower)[:, 3], self._sources(problem.upper)[:, 3]
-        shapes = jax.vmap(_move_shape)(
+        shapes = jax.vmap(move_shape)(
             self._sources(params)[:, 3:],
             self._shape_blocks(chart),
             self._sources(chart.value)[:, 3:],
@@ -680,10 +680,11 @@ class GaussianGroup(Model):
         parameter s, d/ds = -1/2 peak g (A'xx dx^2 + 2 A'xy dx dy + A'yy dy^2), with A the inverse
         covariance, A' its derivative and dx = x - x0.
         """
-        return jax.vmap(_source_quadratics)(sources)
+        return jax.vmap(source_quadratics)(sources)
 
 
-def _source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
+def source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
+    """Coefficients of one source's Jacobian columns: see `GaussianGroup._quadratics`."""
     peak, x0, y0 = source[:3]
     xx, xy, yy = precision(source[3:])
     zero, one = jnp.zeros_like(peak), jnp.ones_like(peak)
@@ -699,7 +700,7 @@ def _source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
     return jnp.stack(rows)
 
 
-def _shape_chart(
+def shape_chart(
     source: Float[Array, " 6"],
     slope: Float[Array, " 6"],
     lower: Float[Array, ""],
@@ -743,7 +744,7 @@ def _on_bound(
     return (value[1] <= lower + slack[1]) | (value[0] >= upper - slack[0])
 
 
-def _move_shape(
+def move_shape(
     shape: Float[Array, " 3"],
     block: Float[Array, "3 3"],
     value: Float[Array, " 3"],
@@ -773,7 +774,7 @@ def _shape_path(
     lower: Float[Array, ""],
     upper: Float[Array, ""],
 ) -> Float[Array, " 3"]:
-    """As `_move_shape`, without clipping."""
+    """As `move_shape`, without clipping."""
     on_bound = _on_bound(value, lower, upper)
     return jnp.where(on_bound, _turned(block, value, step), shape + block @ step)
 

@@ -19,9 +19,9 @@ RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
 """How a problem stands: still running; at its optimum; out of steps; no descent found, though not
 at an optimum; without a single valid pixel."""
 
-_FIRST_DAMPING = 1e-3
-_LEAST_DAMPING = 1e-9
-_MOST_DAMPING = 1e12
+FIRST_DAMPING = 1e-3
+LEAST_DAMPING = 1e-9
+MOST_DAMPING = 1e12
 _LEAST_RATIO = 0.05  # of successive decrements
 
 
@@ -86,7 +86,7 @@ def begin(model: Objective, problem: Problem) -> State:
         candidate=problem.start,
         predicted=jnp.ones((), dtype),
         decrement=jnp.zeros((), dtype),
-        damping=jnp.asarray(_FIRST_DAMPING, dtype),
+        damping=jnp.asarray(FIRST_DAMPING, dtype),
         growth=jnp.asarray(2.0, dtype),
         steps=jnp.zeros((), jnp.int32),
         status=jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32),
@@ -112,11 +112,12 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     normal = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.normal)
     shrink = jnp.maximum(1 / 3, 1 - (2 * jnp.minimum(gain, 1) - 1) ** 3).astype(params.dtype)
     damping = state.damping * jnp.where(first, 1, jnp.where(better, shrink, state.growth))
-    damping = jnp.maximum(damping, _LEAST_DAMPING)
+    damping = jnp.maximum(damping, LEAST_DAMPING)
     growth = jnp.where(better, 2.0, 2 * state.growth).astype(params.dtype)
 
     chart = model.chart(params, normal.gradient, problem)
     local = to_local(normal, chart)
+    diagonal = jnp.diagonal(local.matrix)
     blocked = blocked_by_bounds(problem, chart, local.gradient)
     step = damped_step(local, blocked, damping)
     clipped = jnp.clip(step, chart.lower - chart.value, chart.upper - chart.value)
@@ -127,10 +128,10 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     decrement = newton_decrement(local, blocked, step, damping)
     left = still_to_gain(decrement, state.decrement, better)
     status = jnp.where(
-        converged(params, local, blocked, step, damping, left, tolerances),
+        converged(params, local, diagonal, blocked, step, damping, left, tolerances),
         CONVERGED,
         jnp.where(
-            damping > _MOST_DAMPING,
+            damping > MOST_DAMPING,
             SINGULAR,
             jnp.where(steps >= tolerances.max_steps, STEP_LIMIT, RUNNING),
         ),
@@ -212,15 +213,18 @@ def still_to_gain(
 def converged(
     params: Float[Array, " P"],
     local: Normal,
+    diagonal: Float[Array, " P"],
     blocked: Bool[Array, " P"],
     step: Float[Array, " P"],
     damping: Float[Array, ""],
     left: Float[Array, ""],
     tolerances: Tolerances,
 ) -> Bool[Array, ""]:
-    """Whether one of the three tolerances is met on the coordinates that can move."""
+    """Whether one of the three tolerances is met on the coordinates that can move.
+
+    `diagonal` is that of the local matrix.
+    """
     gradient = jnp.where(blocked, 0, local.gradient)
-    diagonal = jnp.diagonal(local.matrix)
     cosine = jnp.abs(gradient) / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) * 2 * local.cost)
     length = jnp.linalg.norm(step) * (1 + damping)
     return (
