@@ -226,6 +226,15 @@ class Control(_Section):
         "[channel].",
     )
 
+    @model_validator(mode="after")
+    def _channels_of_a_cube(self) -> "Control":
+        if self.channels is not None and not self.datacube:
+            raise ValueError(
+                f"channels = {shown(self.channels)}: only cubes have channels; set "
+                "control.datacube = True, or leave it out"
+            )
+        return self
+
 
 class Units(_Section):
     """Units of the maps and of the catalogue."""
@@ -287,10 +296,14 @@ class Detection(_Section):
         default=False,
         description="Use rms_value for the noise, in place of the rms measured on the map.",
     )
-    rms_value: Annotated[
-        Positive,
-        Differs(1e-6, "in HYPER [Jy/pixel]; here in the unit in which the rms of a map is quoted"),
-    ] = Field(default=1e-6, description="The noise where use_manual_rms is true [Jy/beam].")
+    rms_value: Positive = Field(
+        default=1e-6, description="The noise where use_manual_rms is true [rms_unit]."
+    )
+    rms_unit: Literal["Jy/beam", "mJy/beam", "Jy/pixel", "mJy/pixel"] | None = Field(
+        default=None,
+        description="Unit of rms_value; null is HYPER's: mJy/pixel where units.convert_mJy is "
+        "true, else Jy/pixel.",
+    )
     kernel_size_pix: Whole = Field(
         default=0,
         description="Side of the square box whose local mean the high-pass filter subtracts; 0 "
@@ -622,7 +635,8 @@ class Noise(_Section):
         "is measured on the map itself; sources are found by its matched filter and fitted in "
         "Fourier space, where a smooth background is noise, too. white: pixels are independent; "
         "sources are found and fitted as in HYPER, each on a polynomial. auto: correlated, where "
-        "the map is large enough and no option is set that only the fit of pixels knows. Errors "
+        "the map is large enough and every option that only the fit of pixels knows (those of "
+        "backgrounds, weights, losses ...) has its default, which counts for nothing then. Errors "
         "are those of the noise as measured in any case.",
     )
     rms_map: Text | None = Field(
@@ -756,6 +770,12 @@ class Config(_Section):
         """Whether positions are fitted: as `fit_options.vary` says, else unless they are given."""
         vary = self.fit_options.vary
         return not self.detection.fixed_peaks if vary is None else vary
+
+    @property
+    def rms_unit(self) -> str:
+        """Unit of ``detection.rms_value``."""
+        hyper = "mJy/pixel" if self.units.convert_mJy else "Jy/pixel"
+        return self.detection.rms_unit or hyper
 
     @property
     def of_pixels(self) -> tuple[str, ...]:

@@ -115,10 +115,10 @@ OLDER_KEYS = {
 def _moved(tree: dict[str, Any], old: str, new: str, value: object) -> None:
     """Give a setting of the older dialect its present place."""
     *sections, name = new.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         inner = tree.get(section) or {}
         if not isinstance(inner, Mapping):
-            raise ValueError(f"{section} = {shown(inner)}: {_NOT_A_SECTION}")
+            raise ValueError(f"{'.'.join(sections[:depth])} = {shown(inner)}: {_NOT_A_SECTION}")
         tree[section] = tree = dict(inner)
     if name in tree and tree[name] != value:
         raise ValueError(f"{old}: older name of {new}, which is given too; keep that one")
@@ -159,7 +159,9 @@ def _present_dialect(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("use_fixed_source_table", "fixed_source_table_path"):
         value = _taken(tree, "control", name)
         if value is not None:
-            _moved(tree, f"control.{name}", f"detection.{name}", value)
+            key = f"control.{name}"
+            meant = _truth(key, value) if name == "use_fixed_source_table" else value
+            _moved(tree, key, f"detection.{name}", meant)
     none = _taken(tree, "background", "no_background")
     if none is not None and _truth("background.no_background", none):
         off = {"fit_gauss_and_bg_separately": False, "fit_gauss_and_bg_together": False}

@@ -287,7 +287,10 @@ def shoulder_score(
     """
     if len(x) == 0:
         return np.zeros(0)
-    angles = 2 * np.pi * np.arange(options.shoulder_n_angles) / options.shoulder_n_angles
+    points = options.shoulder_n_angles
+    pairs = points // 2 if points % 2 == 0 else points  # an odd number has no opposite ones
+    half_circle = 2 * np.pi * np.arange(pairs) / points
+    angles = np.concatenate([half_circle, half_circle + np.pi])
     radius = options.shoulder_ring_factor * fwhm_pix
     ring_x = x[:, None] + radius * np.cos(angles)
     ring_y = y[:, None] + radius * np.sin(angles)
@@ -296,9 +299,8 @@ def shoulder_score(
     )
     usable = np.isfinite(_at(data, np.rint(ring_y).astype(int), np.rint(ring_x).astype(int)))
     usable &= ~_near_others(x, y, ring_x, ring_y, options.shoulder_neighbor_mask * fwhm_pix)
-    half = options.shoulder_n_angles // 2
-    both = usable[:, :half] & usable[:, half : 2 * half]
-    difference = np.abs(values[:, :half] - values[:, half : 2 * half])
+    both = usable[:, :pairs] & usable[:, pairs:]
+    difference = np.abs(values[:, :pairs] - values[:, pairs:])
     return np.max(np.where(both, difference, 0.0), axis=1) / peak
 
 

@@ -464,12 +464,12 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
         return float(np.nanmedian(map.rms))
     least = _ROUNDING * np.nanmax(np.abs(map.data))
     if config.detection.use_manual_rms:
-        rms = config.detection.rms_value
+        rms = _manual_rms(map, config)
         if not rms > least:
             raise ConfigError(
-                f"detection.rms_value = {rms:g}: is below the rounding of the values of "
-                f"{map.label} (up to {least / _ROUNDING:g} Jy/beam); give the noise of "
-                "the map in Jy/beam"
+                f"detection.rms_value = {config.detection.rms_value:g}: {rms:.3g} Jy/beam is below "
+                f"the rounding of the values of {map.label} (up to {least / _ROUNDING:g} Jy/beam); "
+                "give the noise of the map, and its unit as detection.rms_unit"
             )
         return rms
     rms = clipped_rms(filtered / _variation(map))
@@ -478,9 +478,17 @@ def _noise(map: Map, filtered: NDArray[np.float64], config: Config) -> float:
             f"{map.label}: the noise cannot be measured, as more than half of the map has one and "
             "the same value, or is nothing beside its brightest pixel "
             f"({least / _ROUNDING:.3g} Jy/beam); mask that with NaN, or set "
-            "detection.use_manual_rms and detection.rms_value"
+            "detection.use_manual_rms, detection.rms_value and rms_unit"
         )
     return rms
+
+
+def _manual_rms(map: Map, config: Config) -> float:
+    """The noise that the configuration gives, Jy/beam."""
+    unit = config.rms_unit
+    rms = config.detection.rms_value * (1e-3 if unit.startswith("m") else 1)
+    per_beam = unit.endswith("beam")
+    return rms if per_beam else rms * map.beam.area_arcsec2 / map.pixel_scale_arcsec**2
 
 
 def _separation(map: Map, config: Config) -> float:

@@ -714,7 +714,16 @@ def test_translation_leaves_the_given_options_alone() -> None:
         ({"paths": {"dir_comm": 3}}, "paths.dir_comm = 3: must be text"),
         (
             {"paths": {"dir_comm": "a", "output": [1]}},
-            "output = [1]: must be a section, with keys of its own",
+            "paths.output = [1]: must be a section, with keys of its own",
+        ),
+        (
+            {"control": {"use_fixed_source_table": "maybe"}},
+            "control.use_fixed_source_table = 'maybe': must be true or false",
+        ),
+        (
+            {"control": {"channels": [2, 5]}},
+            "control.channels = [2, 5]: only cubes have channels; set control.datacube = True, or "
+            "leave it out",
         ),
         (
             {"background": {"no_background": "maybe"}},

@@ -123,10 +123,11 @@ def test_of_peaks_within_the_distance_limit_the_brighter_is_kept(draw: Draw) -> 
 
 
 @pytest.mark.parametrize(
-    ("factor", "angles", "score"), [(1.0, 64, 0.5), (2.0, 64, 1.0), (2.0, 4, np.sqrt(0.5))]
+    ("factor", "angles", "score"),
+    [(1.0, 64, 0.5), (2.0, 64, 1.0), (2.0, 4, np.sqrt(0.5)), (2.0, 7, np.cos(np.pi / 28))],
 )
 def test_the_ring_of_the_shoulder_score(factor: float, angles: int, score: float) -> None:
-    """A slope of g per pixel differs by 2 g r across a ring of radius r; four points miss it."""
+    """A slope of g per pixel differs by 2 g r across a ring of radius r; few points miss it."""
     rows, columns = np.indices((60, 60))
     slope = (rows + columns) / np.sqrt(2)
     options = Detection(shoulder_ring_factor=factor, shoulder_n_angles=angles)

@@ -305,6 +305,7 @@ FIELD = Simulation(
     snr_range=(15.0, 80.0),
     rms_mjy_beam=1.0,
 )
+BEAM_AREA_PIX = np.pi / (4 * np.log(2)) * 3.5**2
 BRIGHTNESSES = [column.name for column in COLUMNS if column.unit and u.Jy in column.unit.bases]
 UNITLESS = [column.name for column in COLUMNS if column.name not in (*BRIGHTNESSES, "MAP_ID")]
 
@@ -360,7 +361,8 @@ def test_the_same_sky_in_two_projections_has_the_same_fluxes(observe: Observe) -
         reference_offset_pix=(-1400.0, 800.0),
         unit="Jy/pixel",
     )
-    config = Config.model_validate({"detection": {"use_manual_rms": True, "rms_value": 1e-3}})
+    manual = {"use_manual_rms": True, "rms_value": 1e-3, "rms_unit": "Jy/beam"}
+    config = Config.model_validate({"detection": manual})
     first = measure(*observe(options), config)
     centre = first.simulated.wcs.pixel_to_world(110.0, 105.0).galactic
     other = replace(
@@ -441,7 +443,7 @@ def test_detection_only_gives_the_peaks_without_fits(field: Measured) -> None:
 
 
 def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
-    manual = {"detection": {"use_manual_rms": True, "rms_value": 2e-3}}
+    manual = {"detection": {"use_manual_rms": True, "rms_value": 2e-3, "rms_unit": "Jy/beam"}}
     result = extract(field.extraction.map, Config.model_validate(manual))
     assert_array_equal(result.rms, 2e-3)
     assert_allclose(result.catalog["RMS"].to_value(u.mJy / u.beam), 2.0)
@@ -450,6 +452,27 @@ def test_a_manual_noise_is_taken_as_it_is(field: Measured) -> None:
     automatic = measured.catalog[: len(result.catalog)]
     ratio = result.catalog["FLUX_TOTAL_ERR"] / automatic["FLUX_TOTAL_ERR"]
     assert_allclose(ratio, 2e-3 / measured.rms[0, 0], rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("unit", "in_mjy", "factor"),
+    [
+        ("Jy/beam", True, 1.0),
+        ("mJy/beam", True, 1e-3),
+        ("Jy/pixel", True, BEAM_AREA_PIX),
+        ("mJy/pixel", False, 1e-3 * BEAM_AREA_PIX),
+        (None, True, 1e-3 * BEAM_AREA_PIX),
+        (None, False, BEAM_AREA_PIX),
+    ],
+)
+def test_a_manual_noise_has_its_unit(
+    unit: str | None, in_mjy: bool, factor: float, field: Measured
+) -> None:
+    """Without one it is HYPER's: that of a pixel, and so many times less than that of a beam."""
+    manual = {"use_manual_rms": True, "rms_value": 2e-3 / factor, "rms_unit": unit}
+    only = {"detection": manual, "units": {"convert_mJy": in_mjy}}
+    config = Config.model_validate({**only, "control": {"detection_only": True}})
+    assert_allclose(extract(field.extraction.map, config).rms, 2e-3, rtol=1e-3)
 
 
 def flux_and_peak_pulls(options: Simulation, observe: Observe, config: Config) -> NDArray:

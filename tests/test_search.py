@@ -320,7 +320,10 @@ def test_noise_that_varies_over_the_map(tmp_path: Path) -> None:
         ({"noise": {"model": "white"}}, "white"),
         ({"fit_options": {"loss": "cauchy"}}, "white"),
         ({"background": {"polynomial_orders": [1]}}, "white"),
-        ({"detection": {"use_manual_rms": True, "rms_value": 1e-3}}, "white"),
+        (
+            {"detection": {"use_manual_rms": True, "rms_value": 1.0, "rms_unit": "mJy/beam"}},
+            "white",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
