@@ -408,7 +408,7 @@ def _score(
             use &= _is_within(rest, use)
             model = fitted.at(placed, int(block), columns, rows)
             residual = ((pixels[row] - model) / noise[row])[use]
-            score[block] = _goodness(residual, (pixels[row] / noise[row])[use], terms, method)
+            score[block] = goodness(residual, (pixels[row] / noise[row])[use], terms, method)
     return score
 
 
@@ -421,10 +421,21 @@ def _is_within(residual: NDArray[np.float64], use: NDArray[np.bool_]) -> NDArray
     return np.abs(residual - np.median(values)) <= _CLIP_SIGMA * scatter
 
 
-def _goodness(
+def goodness(
     residual: NDArray[np.float64], data: NDArray[np.float64], terms: int, method: str
 ) -> float:
-    """One number, lower for the better fit, of residuals in units of the noise."""
+    """Return one number, lower for the better fit of `terms` coefficients to some pixels.
+
+    Parameters
+    ----------
+    residual, data
+        (n,) of the pixels, in one unit.
+    terms
+        Number of coefficients.
+    method
+        "nmse" (squares of the residuals over those of the data about their mean), "redchi" or
+        "bic". For the same pixels their order does not depend on the unit.
+    """
     n, chi2 = len(residual), float(np.sum(residual**2))
     if n <= terms:
         return np.inf

@@ -16,6 +16,7 @@ from astropy.io import fits
 from astropy.stats import sigma_clip, sigma_clipped_stats
 from astropy.wcs import WCS
 
+from hyperjax.background import goodness
 from hyperjax.errors import ConfigError, HyperjaxError, MissingWcsError
 from hyperjax.files import atomic_path
 from hyperjax.maps import Beam, Map, full_wcs, hdu_of_image, map_of_plane, open_map
@@ -82,12 +83,20 @@ class Cube(NamedTuple):
         return chosen
 
 
-@functools.lru_cache(maxsize=16)
 def cube_at(path: Path, hdu: int | str | None) -> Cube | None:
     """Return what there is of a cube; None where the file holds a map, or cannot be read.
 
-    Every channel is looked at once, to tell which are blank.
+    Every channel is looked at once, to tell which are blank, and again if the file has changed.
     """
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError:
+        return None
+    return _cube_at(path, hdu, changed)
+
+
+@functools.lru_cache(maxsize=16)
+def _cube_at(path: Path, hdu: int | str | None, changed: int) -> Cube | None:
     try:
         with open_map(path) as hdus:
             image = hdu_of_image(hdus, path, hdu)
@@ -195,49 +204,50 @@ def _frequency_ghz(wcs: WCS, channel: int) -> float | None:
 def background_of(extraction: Extraction) -> Floats:
     """Return the background of a channel in its own unit, NaN where none was modelled.
 
-    It was modelled where pixels were fitted. Without sources it is a polynomial over the whole
-    channel, of the best of the orders background.pol_orders_bkg_no_sources.
+    It was modelled where pixels were fitted, if a background was asked for; in the outer quarter of
+    that it goes over into the smoothed map. Without measured sources it is a polynomial over the
+    whole channel, of the best of the orders background.pol_orders_bkg_no_sources.
     """
     map_, config = extraction.map, extraction.config
     there, background = np.isfinite(map_.data), extraction.background
-    if len(extraction.catalog) == 0:
+    drawn = extraction.fits.is_drawable
+    if not drawn.any():
         background = _without_sources(map_.data, config)
     else:
-        fits_, reach = extraction.fits, extraction.catalog.meta["fit_reach_pix"]
-        drawn = fits_.is_drawable
+        options, fits_ = config.background, extraction.fits
+        there &= options.fit_gauss_and_bg_together or options.fit_gauss_and_bg_separately
+        reach = extraction.catalog.meta["fit_reach_pix"]
         there &= near_sources(map_.shape, fits_.x[drawn], fits_.y[drawn], reach)
     return np.where(there, background * map_.native_per_jy_beam, np.nan)
 
 
 def _without_sources(data: Floats, config: Config) -> Floats:
-    """The best clipped polynomial of a whole image."""
+    """The best clipped polynomial of a whole image.
+
+    Orders are compared on the same pixels: those that the highest one does not clip.
+    """
     from astropy.modeling.fitting import FittingWithOutlierRemoval, LinearLSQFitter
     from astropy.modeling.polynomial import Polynomial2D  # slow to import, and rarely needed
 
     valid = np.isfinite(data)
+    pixels = data[valid]
     y, x = (2 * axis / max(max(data.shape) - 1, 1) - 1 for axis in np.indices(data.shape))
-    best, score = np.zeros_like(data), np.inf
-    for order in config.background.pol_orders_bkg_no_sources:
+    models: dict[int, Floats] = {}
+    for order in sorted(config.background.pol_orders_bkg_no_sources):
         if order == 0:
-            model = np.full(data.shape, sigma_clipped_stats(data[valid])[1])
-            kept = ~sigma_clip(data[valid]).mask
+            models[order] = np.full(data.shape, sigma_clipped_stats(pixels)[1])
+            kept = ~sigma_clip(pixels).mask
         else:
             fit = FittingWithOutlierRemoval(LinearLSQFitter(), sigma_clip, niter=3, sigma=3.0)
-            polynomial, clipped = fit(Polynomial2D(order), x[valid], y[valid], data[valid])
-            model, kept = polynomial(x, y), ~clipped
-        terms, n = (order + 1) * (order + 2) // 2, int(np.sum(kept))
-        square = float(np.sum(((data - model)[valid][kept]) ** 2)) / max(n, 1)
-        value = _goodness(square, n, terms, config.fit_options.min_method)
-        if value < score:
-            best, score = model, value
-    return best
+            polynomial, clipped = fit(Polynomial2D(order), x[valid], y[valid], pixels)
+            models[order], kept = polynomial(x, y), ~clipped
 
+    def score(order: int) -> float:
+        residual = (pixels - models[order][valid])[kept]
+        terms = (order + 1) * (order + 2) // 2
+        return goodness(residual, pixels[kept], terms, config.fit_options.min_method)
 
-def _goodness(square: float, n: int, terms: int, method: str) -> float:
-    """One number, lower for the better fit, from the mean square of n residuals."""
-    if method == "bic":
-        return n * float(np.log(max(square, np.finfo(float).tiny))) + terms * float(np.log(n))
-    return square if method == "nmse" else square * n / max(n - terms, 1)
+    return models[min(models, key=score)]
 
 
 def slice_name(name: str) -> str:
@@ -284,6 +294,7 @@ def write_cube(cube: Cube, slices: Mapping[int, Path], target: Path) -> Path:
     with open_map(cube.path) as hdus:
         image = hdu_of_image(hdus, cube.path, cube.hdu)
         header, shape = _image_header(image.header), image.shape
+        beams = hdus["BEAMS"].copy() if "BEAMS" in hdus else None
     header["BITPIX"] = -32
     header["CHAN_1"] = (min(slices, default=0), "first channel with a background, from 1")
     header["CHAN_N"] = (max(slices, default=0), "last channel with a background")
@@ -296,6 +307,9 @@ def write_cube(cube: Cube, slices: Mapping[int, Path], target: Path) -> Path:
                 stream.write(blank if path is None else fits.getdata(path).astype(np.float32))
         finally:
             stream.close()
+        if beams is not None:
+            fits.setval(temporary, "CASAMBM", value=True, comment="beams are in the table BEAMS")
+            fits.append(temporary, beams.data, beams.header)
     return target
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from hyperjax import fitting, survey
 from hyperjax.cli import app
 from hyperjax.config_io import config_from_dict
-from hyperjax.cubes import cube_at, read_channel
+from hyperjax.cubes import _without_sources, cube_at, read_channel
 from hyperjax.errors import ConfigError, MissingWcsError
 from hyperjax.maps import read_map
 from hyperjax.simulation import Simulation, simulate
@@ -243,6 +243,8 @@ def test_the_cube_of_backgrounds_is_like_the_input(made: Made, ran: Ran) -> None
         assert header["BUNIT"] == "Jy/beam"
         assert (header["CHAN_1"], header["CHAN_N"]) == (1, CHANNELS)
         before, after = WCS(fits.getheader(made.path)), WCS(header)
+        assert_array_equal(file["BEAMS"].data, fits.getdata(made.path, "BEAMS"))
+        assert header["CASAMBM"] is True
         corners = ([0, 99], [0, 89], [0, 4], [0, 0])
         assert_allclose(after.all_pix2world(*corners, 0), before.all_pix2world(*corners, 0))
         assert np.isnan(data[0, BLANK - 1]).all()
@@ -302,6 +304,54 @@ def test_the_median_of_a_channel_where_only_order_0_is_asked_for(
     smooth = fits.getdata(Ran(made, tmp_path, **more).cube)[0, EMPTY - 1]
     assert np.ptp(smooth) == 0
     assert smooth[0, 0] == pytest.approx(np.median(made.planes[EMPTY - 1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize(("slope", "order"), [(0.0, 0), (0.1, 1)])
+def test_the_order_of_an_empty_channel_is_the_true_one_in_any_unit(
+    scale: float, slope: float, order: int
+) -> None:
+    """By bic; nmse takes the highest. Hot pixels, which are clipped, have no say in it."""
+    orders = {"background": {"pol_orders_bkg_no_sources": [0, 1, 2]}}
+    by = {
+        method: config_from_dict({**orders, "fit_options": {"min_method": method}})
+        for method in ("bic", "nmse")
+    }
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        data = rng.normal(size=(60, 70)) + slope * np.indices((60, 70))[1]
+        data[rng.integers(0, 60, 20), rng.integers(0, 70, 20)] += 30
+        bic, nmse = (_without_sources(scale * data, by[name]) / scale for name in ("bic", "nmse"))
+        assert (np.ptp(bic) > 0) == (order > 0)
+        assert np.abs(np.diff(bic, 2)).max() < 1e-9
+        assert np.abs(np.diff(nmse, 2)).max() > 1e-9
+
+
+def test_a_channel_whose_sources_are_all_off_the_map_has_a_background(
+    made: Made, tmp_path: Path
+) -> None:
+    more = {
+        "control": {"channels": [EMPTY, EMPTY]},
+        "detection": {"fixed_peaks": True, "xcen_fix": [12.0], "ycen_fix": [3.0]},
+    }
+    smooth = fits.getdata(Ran(made, tmp_path, **more).cube)[0, EMPTY - 1]
+    assert_allclose(smooth, made.backgrounds[EMPTY - 1], atol=2e-4)
+
+
+def test_where_no_background_is_asked_for_there_is_none(made: Made, tmp_path: Path) -> None:
+    more = {"control": {"channels": [1, 1]}, "background": {"fit_gauss_and_bg_together": False}}
+    assert np.isnan(fits.getdata(Ran(made, tmp_path, **more).cube)).all()
+
+
+def test_a_cube_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    header = fits.getheader(Made(tmp_path / "c.fits").path)
+    path = tmp_path / "again.fits"
+    for number in (4, 2):
+        data = np.random.default_rng(1).normal(size=(1, number, *SHAPE))
+        fits.PrimaryHDU(data, header).writeto(path, overwrite=True)
+        cube = cube_at(path, None)
+        assert cube is not None
+        assert cube.channels == number
 
 
 # --- The command line ----------------------------------------------------------------------------

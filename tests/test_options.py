@@ -273,22 +273,32 @@ def test_the_background_is_fitted_as_the_switches_say(
     assert_array_equal(catalog(field, background=background)["POLYN"], order)
 
 
-def test_a_joint_background_beats_a_separate_one_on_a_steep_gradient(draw: Draw) -> None:
-    """A curved slope, of which a separate plane under the masked source is wrong."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_joint_background_beats_a_separate_one_on_a_steep_gradient(seed: int, draw: Draw) -> None:
+    """36 sources two beams apart; both of order 2, one of few pixels between masked sources."""
     y, x = np.indices((SIDE, SIDE))
-    map = draw(40.0, plus=0.03 * (x - 75.0) ** 2 + 3.0 * y)
+    true_x, true_y = (v.ravel() + 50.0 for v in np.meshgrid(7.0 * np.arange(6), 7.0 * np.arange(6)))
+    map = draw(40.0, true_x, true_y, plus=0.03 * (x - 75.0) ** 2 + 3.0 * y, seed=seed)
     error = {}
     for way in ("together", "separately"):
         switches = {f"fit_gauss_and_bg_{w}": w == way for w in ("together", "separately")}
-        orders = {"polynomial_orders": [2], "pol_orders_separate": [1], "fix_max_box": 3}
-        bright = {"sigma_thres": 12}  # not what the edges of the slope leave
-        found = catalog(map, background={**switches, **orders}, detection=bright)
-        x, y = found["X_PIX"].value, found["Y_PIX"].value
-        row = np.hypot(x[:, None] - X, y[:, None] - Y).argmin(axis=0)
+        orders = {"polynomial_orders": [2], "pol_orders_separate": [2]}
+        found = catalog(map, background={**switches, **orders}, detection={"sigma_thres": 8})
+        x_pix, y_pix = found["X_PIX"].value, found["Y_PIX"].value
+        row = np.hypot(x_pix[:, None] - true_x, y_pix[:, None] - true_y).argmin(axis=0)
         flux = found["FLUX_TOTAL"][row].to_value("mJy")
         error[way] = np.sqrt(np.mean((flux / 40.0 - 1) ** 2))
-    assert error["together"] < 0.06
+    assert error["together"] < 0.03
     assert error["together"] < 0.7 * error["separately"]
+
+
+@pytest.mark.parametrize(("method", "order"), [("bic", 1), ("nmse", 2)])
+def test_the_order_of_a_joint_background_is_chosen(method: str, order: int, draw: Draw) -> None:
+    """On a plane; nmse takes the highest."""
+    map = draw(plus=np.indices((SIDE, SIDE))[0])
+    options = {"min_method": method, "weights": None}
+    found = catalog(map, fit_options=options, background={"polynomial_orders": [0, 1, 2]})
+    assert np.median(found["POLYN"]) == order
 
 
 # --- Units, paths and files ----------------------------------------------------------------------
