@@ -257,7 +257,8 @@ def _margins(smallest: float, largest: float) -> list[float]:
     """Margins to try, in beam FWHM."""
     if smallest == 0:
         return [0.0]
-    return [smallest + step for step in range(int(largest - smallest) + 1)]
+    margins = [smallest + step for step in range(int(largest - smallest) + 1)]
+    return margins if margins[-1] == largest else [*margins, largest]
 
 
 def _of_boxes(

@@ -332,7 +332,7 @@ class Detection(_Section):
     fixed_source_table_path: Text | None = Field(
         default=None,
         description="The table of sources where use_fixed_source_table is true, relative to the "
-        "folder of this file.",
+        "folder of this file; where it is not there, in paths.output.dir_root, as in HYPER.",
     )
     fixed_peaks: bool = Field(
         default=False,

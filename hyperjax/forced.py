@@ -108,7 +108,7 @@ def given_sources(config: Config, frame: str = "icrs") -> GivenSources | None:
     """
     sizes = config.photometry.fixed_radius
     if config.detection.use_fixed_source_table:
-        table = read_sources(config.resolve(str(config.detection.fixed_source_table_path)))
+        table = read_sources(_table_path(config))
         if not sizes:
             return replace(table, ellipses=None, beam=None)
         if table.ellipses is None:
@@ -154,6 +154,14 @@ def _ordered(major: Floats, minor: Floats, pa: Floats) -> Ellipses:
 
 
 # --- Tables --------------------------------------------------------------------------------------
+
+
+def _table_path(config: Config) -> Path:
+    """The table of sources: beside the configuration, else, as in HYPER, among the results."""
+    given = str(config.detection.fixed_source_table_path)
+    beside, in_results = (config.resolve(part) for part in (given, config.paths.output.dir_root))
+    inside = in_results / given
+    return inside if inside.is_file() and not beside.is_file() else beside
 
 
 def read_sources(path: Path) -> GivenSources:

@@ -56,7 +56,14 @@ if TYPE_CHECKING:
 
 _MANY = 60  # pictures that are worth another process
 
-__all__ = ["draw_again", "finished_maps", "folders", "read_scene", "write_singles"]
+__all__ = [
+    "draw_again",
+    "finished_maps",
+    "folders",
+    "read_scene",
+    "stem_without_spaces",
+    "write_singles",
+]
 
 
 def write_singles(extraction: Extraction, root: Path, workers: int = 1) -> list[Path]:
@@ -91,7 +98,7 @@ def write_singles(extraction: Extraction, root: Path, workers: int = 1) -> list[
     with _drawn_elsewhere(scene, pictures, workers) as elsewhere:
         for kind, folder in images.items():
             for cutout in cutouts(scene, kind):
-                path = folder / f"{_stem(scene.name)}_{cutout.stem}.fits"
+                path = folder / f"{stem_without_spaces(scene.name)}_{cutout.stem}.fits"
                 with atomic_path(path) as temporary:
                     hdus(cutout, header).writeto(temporary)
                 written.append(path)
@@ -131,7 +138,7 @@ def _draw(
     gallery, written = Gallery(scene), []
     for kind, folder in pictures.items():
         for cutout in islice(cutouts(scene, kind, numbers), share[0], None, share[1]):
-            path = folder / f"{_stem(scene.name)}_{cutout.stem}.png"
+            path = folder / f"{stem_without_spaces(scene.name)}_{cutout.stem}.png"
             with atomic_path(path) as temporary:
                 gallery.save(cutout, temporary)
             written.append(path)
@@ -185,8 +192,8 @@ def _draw_share(task: str, share: str, workers: str) -> None:
         sys.stdout.write(f"{path}\n")
 
 
-def _stem(name: str) -> str:
-    """A map's name in those of files: without spaces and slashes."""
+def stem_without_spaces(name: str) -> str:
+    """Return a map's name in those of files of single fits: without spaces and slashes."""
     return re.sub(r"[\s/\0]+", "_", name)
 
 

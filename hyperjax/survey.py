@@ -41,7 +41,7 @@ from hyperjax.logs import collected, counted, log_file, replay, timed
 from hyperjax.maps import Map, map_name, read_map
 from hyperjax.products import MERGED, Layout, copy_as_merged, write_extraction, write_merged
 from hyperjax.runtime import configure_runtime, usable_cores
-from hyperjax.singles import folders, write_singles
+from hyperjax.singles import folders, stem_without_spaces, write_singles
 
 if TYPE_CHECKING:
     from hyperjax.pipeline import Extraction
@@ -432,16 +432,21 @@ def _unique_names(maps: Sequence[Path], config: Config) -> dict[Path, str]:
     A map's name is that of its file; where it is taken its folders are put before it, then a
     number after it.
     """
-    shared = Counter(map_name(path).casefold() for path in maps)
-    taken = {MERGED.casefold(), Path(config.files.file_log_name).stem.casefold()}
+    shared = Counter(_alike(map_name(path)) for path in maps)
+    taken = {_alike(MERGED), _alike(Path(config.files.file_log_name).stem)}
     names: dict[Path, str] = {}
     for path in maps:
-        alone = shared[map_name(path).casefold()] == 1
+        alone = shared[_alike(map_name(path))] == 1
         names[path] = next(
-            name for name in _candidates(path.absolute(), alone) if name.casefold() not in taken
+            name for name in _candidates(path.absolute(), alone) if _alike(name) not in taken
         )
-        taken.add(names[path].casefold())
+        taken.add(_alike(names[path]))
     return names
+
+
+def _alike(name: str) -> str:
+    """What two names share whose products would have the same files."""
+    return stem_without_spaces(name).casefold()
 
 
 def _candidates(path: Path, alone: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hyperjax.background import (
     MAX_ORDER,
     Backgrounds,
+    _margins,
     evaluate,
     level_at,
     mosaic,
@@ -164,6 +165,31 @@ def test_a_polynomial_under_masked_sources_is_recovered(
     placed, found = separately(data, pol_orders_separate=[order], **boxes)
     assert_array_equal(found.orders, order)
     assert_recovered(placed, found, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "margins"),
+    [(0, 5, [0]), (3, 3, [3]), (3, 5, [3, 4, 5]), (3, 4.5, [3, 4, 4.5])],
+)
+def test_boxes_reach_from_the_smallest_to_the_largest_margin(
+    smallest: float, largest: float, margins: list[float]
+) -> None:
+    assert _margins(smallest, largest) == margins
+
+
+def test_larger_boxes_are_tried_up_to_the_largest() -> None:
+    """Least squares of the smallest box fit its own pixels best; Theil-Sen's medians need not."""
+    data = with_sources(plane_of(1, 20.0)) + np.random.default_rng(3).normal(size=SHAPE)
+    placed = placed_round(X, Y)
+
+    def fitted(largest: float) -> NDArray:
+        boxes = {"fix_min_box": 3, "fix_max_box": largest, "pol_orders_separate": [1]}
+        options = {"background": boxes, "fit_options": {"bg_fitters": ["theilsen"]}}
+        config = Config.model_validate(options)
+        return separate_backgrounds(data, np.ones(SHAPE), placed, X, Y, BEAM, config).coefficients
+
+    assert_array_equal(fitted(3), fitted(3))
+    assert (fitted(3) != fitted(7)).any()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

@@ -105,6 +105,23 @@ def forced_config(table: Path | str, **more: Any) -> Config:
     return config_from_dict(options)
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_table_is_beside_the_configuration_or_among_the_results(
+    beside: bool, tmp_path: Path
+) -> None:
+    """In HYPER it is in the folder of the results."""
+    places = [tmp_path / "results" / "t.csv"] + [tmp_path / "t.csv"] * beside
+    for number, path in enumerate(places):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"ID,RA,DEC\n{number},10.0,20.0\n")
+    options = forced_config("t.csv", photometry={"fixed_radius": False}).model_dump()
+    options["paths"]["output"]["dir_root"] = "results"
+    given = given_sources(config_from_dict(options, base_dir=tmp_path), "icrs")
+    assert given is not None
+    assert given.label is not None
+    assert list(given.label) == [int(beside)]
+
+
 @pytest.fixture(scope="module")
 def forced(bands: Bands) -> Extraction:
     return extract(read_map(bands.paths[1]), forced_config(bands.table()))

@@ -22,6 +22,7 @@ from hyperjax.maps import read_map
 from hyperjax.pipeline import extract
 from hyperjax.products import Layout
 from hyperjax.simulation import Simulation, simulate, write_simulation
+from hyperjax.singles import write_singles
 from hyperjax.survey import SurveyResult, run_hyper
 
 MAP = Simulation(
@@ -77,6 +78,27 @@ def test_every_group_and_source_has_its_files(finished: Finished) -> None:
             names = {path.name for path in (finished.out / folder / kind).iterdir()}
             assert names == {f"a_map_{what}_{number:04d}.{suffix}" for number in wanted}
             assert not any(" " in name for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_product_is_written_alone_and_where_it_is_asked_for(
+    kind: str, finished: Finished, tmp_path: Path
+) -> None:
+    config = config_from_dict(
+        {
+            "background": {"fit_gauss_and_bg_separately": True},
+            "fits_output": {f"fits_{kind}": True, f"fits_output_dir_{kind}": "its/fits"},
+            "visualization": {f"visualize_{kind}": True, f"output_dir_{kind}": "its/plots"},
+        }
+    )
+    write_singles(extract(read_map(finished.path), config), tmp_path)
+    assert {path.parent.relative_to(tmp_path) for path in tmp_path.rglob("*.*")} == {
+        Path("its/fits"),
+        Path("its/plots"),
+    }
+    for folder, own in (("fits", "its/fits"), ("plots", "its/plots")):
+        names = {path.name for path in (finished.out / folder / kind).iterdir()}
+        assert {path.name for path in (tmp_path / own).iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,8 +176,9 @@ def test_a_separate_background_is_that_of_the_truth_within_the_noise(finished: F
         assert abs(np.mean(smooth - true)) < MAP.rms_mjy_beam
 
 
-def test_pictures_are_pictures(finished: Finished) -> None:
-    for path in (finished.out / "plots" / "fitting").iterdir():
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_pictures(kind: str, finished: Finished) -> None:
+    for path in (finished.out / "plots" / kind).iterdir():
         image = imread(path)
         assert image.shape[1] > 600
         assert image[..., :3].std() > 0.1

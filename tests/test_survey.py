@@ -209,6 +209,7 @@ def test_maps_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
         (["/x/b_a.fits", "/b/a.fits", "/c/a.fits"], ["b_a", "a_2", "c_a"]),
         (["/x/ALL.fits", "/x/hyperjax.fits"], ["x_ALL", "x_hyperjax"]),
         (["/a.fits", "/a.fits.gz"], ["a_2", "a_3"]),
+        (["/x/a b.fits", "/x/a_b.fits"], ["x_a b", "a_b_2"]),
     ],
 )
 def test_names_are_unique_and_no_longer_than_needed(paths: list[str], names: list[str]) -> None:
