@@ -11,6 +11,7 @@ Groups have the number GROUP of the catalogue, sources their HYPER_ID.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 _MANY = 60  # pictures that are worth another process
 
+logger = logging.getLogger(__name__)
+
 __all__ = [
     "draw_again",
     "finished_maps",
@@ -89,8 +92,21 @@ def write_singles(extraction: Extraction, root: Path, workers: int = 1) -> list[
         If a folder or file cannot be written.
     """
     images, pictures = folders(extraction.config, root)
-    if not (images or pictures) or extraction.config.control.detection_only:
+    if not (images or pictures):
         return []
+    if extraction.config.control.detection_only:
+        logger.warning(
+            "%s: no products of single fits (fits_output, visualization): control.detection_only "
+            "makes no fits",
+            extraction.map.name,
+        )
+        return []
+    if "bg_separate" in {*images, *pictures} and extraction.separate is None:
+        logger.warning(
+            "%s: no products of separate backgrounds (bg_separate): there are none without "
+            "background.fit_gauss_and_bg_separately",
+            extraction.map.name,
+        )
     scene, written = scene_of(extraction), []
     header = header_of(scene)
     few = len(pictures) * len(scene.number) < _MANY

@@ -80,6 +80,25 @@ def test_every_group_and_source_has_its_files(finished: Finished) -> None:
             assert not any(" " in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"control": {"detection_only": True}}, "control.detection_only makes no fits"),
+        ({"noise": {"model": "white"}}, "none without background.fit_gauss_and_bg_separately"),
+    ],
+)
+def test_products_that_cannot_be_made_are_named(
+    options: dict[str, Any],
+    words: str,
+    finished: Finished,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = config_from_dict({"fits_output": {"fits_bg_separate": True}, **options})
+    assert write_singles(extract(read_map(finished.path), config), tmp_path) == []
+    assert [words in record.message for record in caplog.records].count(True) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_product_is_written_alone_and_where_it_is_asked_for(
     kind: str, finished: Finished, tmp_path: Path
