@@ -252,7 +252,7 @@ def _chart(
         return out
 
     chart = Chart(
-        basis=sparse.block_diag([*parts, rest] if rest.size else parts, format="csc"),
+        basis=sparse.csc_array(sparse.block_diag([*parts, rest] if rest.size else parts)),
         value=with_shapes(params, shape),
         lower=with_shapes(problem.lower, np.stack([low, low, -endless], 1)),
         upper=with_shapes(problem.upper, np.stack([high, high, endless], 1)),
