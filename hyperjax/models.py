@@ -496,7 +496,9 @@ class GaussianGroup(Model):
 
     def prepare(self, problem: Problem) -> Problem:
         """Fill in the moments of the weights alone."""
-        return problem._replace(weight_moments=self._moments(problem.weight[None] ** 2)[0])
+        return problem._replace(
+            weight_moments=self._moments(problem.weight[None] ** 2, self.degree)[0]
+        )
 
     def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
         """Cost, gradient and Gauss-Newton matrix, from pixel moments.
@@ -516,18 +518,16 @@ class GaussianGroup(Model):
         bent = weighted if self.loss == "linear" else told.pull * weighted
 
         first, second = np.triu_indices(self.slots)
-        rows = [
-            bent[first] * weighted[second],
-            bent * problem.weight,
-            weighted * pulled,
-            (pulled * problem.weight)[None],
-        ]
+        rows = [bent[first] * weighted[second], bent * problem.weight]
         if self.loss != "linear":
             rows.append((told.pull * problem.weight**2)[None])
-        moments = self._moments(lax.optimization_barrier(jnp.concatenate(rows)))
-        ends = np.cumsum([len(first), self.slots, self.slots, 1])
-        pairs, singles, pulls, pull, *plain = jnp.split(moments, ends[: len(rows) - 1])
+        slopes = jnp.concatenate([weighted * pulled, (pulled * problem.weight)[None]])
+        products, slopes = lax.optimization_barrier((jnp.concatenate(rows), slopes))
+        moments = self._moments(products, self.degree)
+        ends = np.cumsum([len(first), self.slots])
+        pairs, singles, *plain = jnp.split(moments, ends[: len(rows) - 1])
         weights = plain[0][0] if plain else problem.weight_moments
+        pulls, pull = jnp.split(self._moments(slopes, max(2, self.order)), [self.slots])
 
         quadratics = self._quadratics(sources)
         matrix = self._matrix(quadratics, pairs[self._pair_index], singles, weights)
@@ -618,21 +618,20 @@ class GaussianGroup(Model):
         x, y = self.grid.pixels(sources.dtype)
         return jax.vmap(lambda source: gaussian(x, y, source))(sources.at[:, 0].set(1))
 
-    def _moments(self, rows: Float[Array, "row pixel"]) -> Float[Array, "row moment"]:
+    def _moments(self, rows: Float[Array, "row pixel"], degree: int) -> Float[Array, "row moment"]:
         """Sums over the pixels of row * x^a y^b, a + b <= degree: first along x, then along y."""
         nx = self.grid.shape[1]
-        along_x, along_y = self._moment_matrices
+        along_x, along_y = self._moment_matrices(degree)
         partial = rows.reshape(-1, nx) @ jnp.asarray(along_x, rows.dtype)
         return partial.reshape(len(rows), -1) @ jnp.asarray(along_y, rows.dtype)
 
-    @property
-    def _moment_matrices(self) -> tuple[np.ndarray, np.ndarray]:
+    def _moment_matrices(self, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """The powers of x (nx, width), and those of y spread over (ny * width, moment)."""
         x, y = self.grid.axes
-        width = -(-(self.degree + 1) // 8) * 8  # whole vector registers
+        width = -(-(degree + 1) // 4) * 4  # whole vector registers
         along_x = np.zeros((len(x), width))
-        along_x[:, : self.degree + 1] = x[:, None] ** np.arange(self.degree + 1)
-        powers = monomials(self.degree)
+        along_x[:, : degree + 1] = x[:, None] ** np.arange(degree + 1)
+        powers = monomials(degree)
         along_y = np.zeros((len(y), width, len(powers)))
         for moment, (a, b) in enumerate(powers):
             along_y[:, a, moment] = y**b
