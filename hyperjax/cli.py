@@ -319,9 +319,8 @@ def run(
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
-        fitted = not options.control.detection_only
-        if options.of_pixels and options.noise.model == "auto" and fitted and not quiet:
-            _note_of_pixels(options.of_pixels)
+        if not quiet:
+            _note_of_pixels(options)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:
             _print_summary(result, options.units)
@@ -331,14 +330,28 @@ def run(
     raise typer.Exit(result.exit_code)
 
 
-def _note_of_pixels(keys: Sequence[str]) -> None:
-    """Say that an option makes the fit another one."""
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    typer.echo(
-        f"note: {keys[0]}{more}: sources are found and fitted pixel by pixel, as HYPER does, and "
-        "not in the noise as measured; set noise.model = white to ask for that without this note",
-        err=True,
-    )
+def _note_of_pixels(options: "Config") -> None:
+    """Say that an option makes the fit another one, or that it does not."""
+    keys, idle = options.of_pixels, options.without_effect
+    if keys and options.noise.model == "auto" and not options.control.detection_only:
+        typer.echo(
+            f"note: {_first_of(keys)}: sources are found and fitted pixel by pixel, as HYPER does, "
+            "and not in the noise as measured; set noise.model = white to ask for that without "
+            "this note",
+            err=True,
+        )
+    if idle:
+        typer.echo(
+            f"note: {_first_of(idle)}: no effect, as sources are fitted in the noise as measured; "
+            "set noise.model = white to fit them pixel by pixel, or auto to go on without this "
+            "note",
+            err=True,
+        )
+
+
+def _first_of(keys: Sequence[str]) -> str:
+    """The first of some keys, and how many there are besides."""
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
 
 
 def _inputs(

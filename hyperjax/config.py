@@ -783,6 +783,23 @@ class Config(_Section):
         keys = all_keys()
         return tuple(key for key in _OF_PIXELS if _value(self, key) != keys[key].default)
 
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Keys of backgrounds and fits that were given, but as they are by default.
+
+        They count for nothing where sources are fitted in the noise as measured, unless the file
+        that gives them says noise.model, too.
+        """
+        if self.noise.model != "auto" or "model" in self.noise.model_fields_set or self.of_pixels:
+            return ()
+        parts = (key.split(".") for key in _OF_PIXELS)
+        return tuple(
+            f"{section}.{name}"
+            for section, name in parts
+            if section in ("background", "fit_options")
+            and name in getattr(self, section).model_fields_set
+        )
+
     @model_validator(mode="after")
     def _noise_that_goes_with_the_rest(self) -> "Config":
         if self.noise.model == "correlated" and self.of_pixels:

@@ -460,6 +460,23 @@ def test_an_option_that_makes_the_fit_another_one_is_told(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_fit")
+def test_options_at_their_defaults_that_have_no_effect_are_told(here: Path) -> None:
+    write_map(here / "orion.fits")
+    joint = "background: {fit_gauss_and_bg_together: true, polynomial_orders: [0, 1, 2]}\n"
+    (here / "c.yaml").write_text(joint)
+    call = ("run", "orion.fits", "-s", 6, "-c", "c.yaml")
+    (note,) = hyperjax_command(*call).stderr.splitlines()
+    assert note.startswith("note: background.fit_gauss_and_bg_together and 1 more: no effect")
+    assert hyperjax_command(*call, "-q").stderr == ""
+    for model in ("auto", "white"):
+        (here / "c.yaml").write_text(f"{joint}noise: {{model: {model}}}")
+        assert hyperjax_command(*call).stderr == ""
+    for path in (here / "init.yaml", here / "c.yaml"):
+        hyperjax_command("init", path, "--force")
+        assert hyperjax_command("run", "orion.fits", "-c", path).stderr == ""
+
+
+@pytest.mark.usefixtures("fake_fit")
 def test_summary_is_in_jy_where_the_catalogue_is(here: Path) -> None:
     write_map(here / "orion.fits")
     (here / "c.yaml").write_text("units: {convert_mJy: false}")
