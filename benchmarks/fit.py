@@ -651,8 +651,9 @@ def floor_runs(kind: str, dtype: type, lanes: int) -> dict[str, Callable[[], Any
     """Loops over the parts of an evaluation, of so many problems together.
 
     exp: the Gaussians' exponentials. pixels: one pass over everything else that is elementwise
-    (exponents, model, residuals, products). moments: the two products of matrices (BLAS) that
-    take the rows of products to their moments of degree 4. cholesky: a factor and a solution.
+    (exponents, model, residuals, products). moments: the products of matrices (BLAS) that take
+    the rows of products to their moments of degree 4, those with residuals of degree 2.
+    cholesky: a factor and a solution.
     """
     import jax
     import jax.numpy as jnp
@@ -703,13 +704,15 @@ def floor_runs(kind: str, dtype: type, lanes: int) -> dict[str, Callable[[], Any
         return run
 
     runs = {part.__name__: looped(part, carry) for part, carry in carries.items()}
-    return runs | {"moments": moments(lanes * rows, side, dtype)}
+    of_products = moments(lanes * (rows - slots - 1), side, 4, dtype)
+    of_residuals = moments(lanes * (slots + 1), side, 2, dtype)
+    return runs | {"moments": lambda: (of_products(), of_residuals())}
 
 
-def moments(rows: int, side: int, dtype: type) -> Callable[[], None]:
-    """A loop over the products of matrices: along x to five powers, then along y."""
+def moments(rows: int, side: int, degree: int, dtype: type) -> Callable[[], None]:
+    """A loop over the products of matrices: along x to its powers, then along y."""
     rng = np.random.default_rng(0)
-    powers, count = 5, len(monomials(4))
+    powers, count = degree + 1, len(monomials(degree))
     products = np.asarray(rng.normal(size=(rows * side, side)), dtype)
     along_x = np.asarray(rng.normal(size=(side, powers)), dtype)
     along_y = np.asarray(rng.normal(size=(side * powers, count)), dtype)

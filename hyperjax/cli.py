@@ -267,8 +267,9 @@ def run(
         bool, typer.Option("--detection-only", help="Detect the sources, but do not fit them.")
     ] = False,
     overview: Annotated[
-        bool, typer.Option("--overview/--no-overview", help="Draw a picture of each map.")
-    ] = True,
+        bool | None,
+        typer.Option("--overview/--no-overview", help="Draw a picture of each map. Default: yes."),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show at the end how long each step took.")
     ] = False,
@@ -315,12 +316,12 @@ def run(
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
         "photometry.fixed_radius": False if fit_sizes else True if sources else None,
-        "visualization.visualize_overview": None if overview else False,
+        "visualization.visualize_overview": overview,
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
         if not quiet:
-            _note_of_pixels(options)
+            _notes_of_noise(options)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:
             _print_summary(result, options.units)
@@ -330,8 +331,8 @@ def run(
     raise typer.Exit(result.exit_code)
 
 
-def _note_of_pixels(options: "Config") -> None:
-    """Say that an option makes the fit another one, or that it does not."""
+def _notes_of_noise(options: "Config") -> None:
+    """Say which options make the fit another one, and which have no effect."""
     keys, idle = options.of_pixels, options.without_effect
     if keys and options.noise.model == "auto" and not options.control.detection_only:
         typer.echo(
@@ -448,11 +449,13 @@ def _print_summary(result: "SurveyResult", units: "Units") -> None:
     if rows:
         rms = f"rms [{units.flux_unit}/beam]"
         _print_table(("map", "sources", rms, "noise", "seconds", "catalogue"), rows)
-        typer.echo()
+    more = []
     if any(path.suffix == ".png" for outcome in result.finished for path in outcome.files):
-        typer.echo(f"pictures: {_short(result.layout.plots)}")
+        more.append(f"pictures: {_short(result.layout.plots)}")
     if len(rows) > 1:
-        typer.echo(f"merged catalogue: {_short(result.merged_table)}")
+        more.append(f"merged catalogue: {_short(result.merged_table)}")
+    if more:
+        typer.echo("\n".join(["", *more]))
 
 
 def _print_profile(outcomes: "Iterable[MapOutcome]") -> None:

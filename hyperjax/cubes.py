@@ -97,6 +97,7 @@ def cube_at(path: Path, hdu: int | str | None) -> Cube | None:
 
 @functools.lru_cache(maxsize=16)
 def _cube_at(path: Path, hdu: int | str | None, changed: int) -> Cube | None:
+    """As `cube_at`, of a file that was `changed` then (ns)."""
     try:
         with open_map(path) as hdus:
             image = hdu_of_image(hdus, path, hdu)
@@ -298,6 +299,8 @@ def write_cube(cube: Cube, slices: Mapping[int, Path], target: Path) -> Path:
     header["BITPIX"] = -32
     header["CHAN_1"] = (min(slices, default=0), "first channel with a background, from 1")
     header["CHAN_N"] = (max(slices, default=0), "last channel with a background")
+    if beams is not None:
+        header["CASAMBM"] = (True, "beams are in the table BEAMS")
     blank = np.full(shape[-2:], np.nan, np.float32)
     with atomic_path(target) as temporary:
         stream = fits.StreamingHDU(temporary, header)
@@ -308,7 +311,6 @@ def write_cube(cube: Cube, slices: Mapping[int, Path], target: Path) -> Path:
         finally:
             stream.close()
         if beams is not None:
-            fits.setval(temporary, "CASAMBM", value=True, comment="beams are in the table BEAMS")
             fits.append(temporary, beams.data, beams.header)
     return target
 

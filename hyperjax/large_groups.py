@@ -32,17 +32,15 @@ from hyperjax.models import (
 from hyperjax.solver import (
     CONVERGED,
     FIRST_DAMPING,
-    LEAST_DAMPING,
-    MOST_DAMPING,
     NO_DATA,
     RUNNING,
-    SINGULAR,
-    STEP_LIMIT,
     Solution,
     Tolerances,
     blocked_by_bounds,
     converged,
     newton_decrement,
+    next_damping,
+    standing,
     still_to_gain,
 )
 
@@ -125,35 +123,30 @@ def _iterated(model: GaussianGroup, problem: Problem, tolerances: Tolerances) ->
     normal = _normal(model, problem, smooth, candidate)
     if not (problem.weight > 0).any():
         return Solution(params, normal, np.int32(0), np.int32(NO_DATA))
-    trial, better, damping, growth, before = normal, True, FIRST_DAMPING, 2.0, 0.0
+    trial, better, before = normal, True, np.float64(0)
+    damping, growth = np.array(FIRST_DAMPING), np.array(2.0)
     steps, status, predicted = 0, RUNNING, 1.0
     while status == RUNNING:
         if steps > 0:
             trial = _normal(model, problem, smooth, candidate)
-            gain = float((normal.cost - trial.cost) / predicted)
             better = bool(trial.cost < normal.cost)
-            shrink = max(1 / 3, 1 - (2 * min(gain, 1.0) - 1) ** 3)
-            damping = max(damping * (shrink if better else growth), LEAST_DAMPING)
-            growth = 2.0 if better else 2 * growth
+            gain = (normal.cost - trial.cost) / predicted
+            damping, growth = map(np.asarray, next_damping(damping, growth, gain, better, False))
         if better:
             params, normal = candidate, trial
         chart, blocks = _chart(model, problem, params, np.asarray(normal.gradient))
         local = _to_local(normal, chart)
         blocked = np.asarray(blocked_by_bounds(problem, chart, local.gradient))
         diagonal = local.matrix.diagonal()
-        step = _damped_step(local, diagonal, blocked, damping)
+        step = _damped_step(local, diagonal, blocked, float(damping))
         clipped = np.clip(step, chart.lower - chart.value, chart.upper - chart.value)
         clipped = np.where(blocked, 0, clipped)
         predicted = -float(local.gradient @ clipped + 0.5 * clipped @ (local.matrix @ clipped))
         decrement = newton_decrement(local, blocked, step, damping)
         left = still_to_gain(decrement, before, np.asarray(better))
         steps += 1
-        if converged(params, local, diagonal, blocked, step, damping, left, tolerances):
-            status = CONVERGED
-        elif damping > MOST_DAMPING:
-            status = SINGULAR
-        elif steps >= tolerances.max_steps:
-            status = STEP_LIMIT
+        at_optimum = converged(params, local, diagonal, blocked, step, damping, left, tolerances)
+        status = int(standing(at_optimum, damping, steps, tolerances))
         candidate = _retracted(problem, params, chart.value, blocks, clipped)
         if status == CONVERGED and predicted > 0:
             params = candidate

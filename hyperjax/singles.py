@@ -101,7 +101,8 @@ def write_singles(extraction: Extraction, root: Path, workers: int = 1) -> list[
             extraction.map.name,
         )
         return []
-    if "bg_separate" in {*images, *pictures} and extraction.separate is None:
+    separately = extraction.config.background.fit_gauss_and_bg_separately
+    if "bg_separate" in {*images, *pictures} and not separately:
         logger.warning(
             "%s: no products of separate backgrounds (bg_separate): there are none without "
             "background.fit_gauss_and_bg_separately",

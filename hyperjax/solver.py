@@ -20,8 +20,8 @@ RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
 at an optimum; without a single valid pixel."""
 
 FIRST_DAMPING = 1e-3
-LEAST_DAMPING = 1e-9
-MOST_DAMPING = 1e12
+_LEAST_DAMPING = 1e-9
+_MOST_DAMPING = 1e12
 _LEAST_RATIO = 0.05  # of successive decrements
 
 
@@ -110,10 +110,7 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     better = first | ((trial.cost < state.normal.cost) & jnp.isfinite(trial.cost))
     params = jnp.where(better, state.candidate, state.params)
     normal = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.normal)
-    shrink = jnp.maximum(1 / 3, 1 - (2 * jnp.minimum(gain, 1) - 1) ** 3).astype(params.dtype)
-    damping = state.damping * jnp.where(first, 1, jnp.where(better, shrink, state.growth))
-    damping = jnp.maximum(damping, LEAST_DAMPING)
-    growth = jnp.where(better, 2.0, 2 * state.growth).astype(params.dtype)
+    damping, growth = next_damping(state.damping, state.growth, gain, better, first)
 
     chart = model.chart(params, normal.gradient, problem)
     local = to_local(normal, chart)
@@ -127,15 +124,8 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     steps = state.steps + 1
     decrement = newton_decrement(local, blocked, step, damping)
     left = still_to_gain(decrement, state.decrement, better)
-    status = jnp.where(
-        converged(params, local, diagonal, blocked, step, damping, left, tolerances),
-        CONVERGED,
-        jnp.where(
-            damping > MOST_DAMPING,
-            SINGULAR,
-            jnp.where(steps >= tolerances.max_steps, STEP_LIMIT, RUNNING),
-        ),
-    )
+    at_optimum = converged(params, local, diagonal, blocked, step, damping, left, tolerances)
+    status = standing(at_optimum, damping, steps, tolerances)
     candidate = model.retract(params, chart, clipped, problem)
     last = (status == CONVERGED) & (predicted > 0)
     return State(
@@ -149,6 +139,34 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
         steps=steps,
         status=status.astype(jnp.int32),
     )
+
+
+def next_damping(
+    damping: Float[Array, ""],
+    growth: Float[Array, ""],
+    gain: Float[Array, ""],
+    better: Bool[Array, ""],
+    first: Bool[Array, ""],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Damping, and its growth at the next failure, after a step with this `gain`: Nielsen's rule.
+
+    `gain` is the reduction of the cost over that predicted; the `first` point is no step.
+    """
+    shrink = jnp.maximum(1 / 3, 1 - (2 * jnp.minimum(gain, 1) - 1) ** 3).astype(damping.dtype)
+    after = damping * jnp.where(first, 1, jnp.where(better, shrink, growth))
+    grown = jnp.where(better, 2.0, 2 * growth).astype(damping.dtype)
+    return jnp.maximum(after, _LEAST_DAMPING), grown
+
+
+def standing(
+    at_optimum: Bool[Array, ""],
+    damping: Float[Array, ""],
+    steps: Int[Array, ""],
+    tolerances: Tolerances,
+) -> Int[Array, ""]:
+    """How a problem stands after an iteration."""
+    running = jnp.where(steps >= tolerances.max_steps, STEP_LIMIT, RUNNING)
+    return jnp.where(at_optimum, CONVERGED, jnp.where(damping > _MOST_DAMPING, SINGULAR, running))
 
 
 def to_local(normal: Normal, chart: Chart) -> Normal:
