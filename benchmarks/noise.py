@@ -1,0 +1,294 @@
+"""Simulated maps of every kind of noise, extracted and compared with the truth.
+
+Maps of white, beam-shaped and 1/f noise, with blank pixels, slopes, noise that varies, crowds and
+grids of sources: whether errors are right (the widths of the pulls), fluxes unbiased, sources
+found, and nothing found where there is none. The tables of docs/noise.md are made by this script.
+
+    python benchmarks/noise.py --markdown
+    python benchmarks/noise.py --only "white" "1/f" --maps 24
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy import units as u
+from astropy.table import QTable, vstack
+from fit import bullets, facts, table
+from scipy.special import erfc
+from scipy.stats import median_abs_deviation
+
+from hyperjax import Config, Map, Simulation, extract, read_map, simulate
+from hyperjax.evaluate import matches
+from hyperjax.runtime import configure_runtime
+from hyperjax.simulation import Simulated
+
+SURE, SURER = 8, 10  # flux over its error: of bias and scatter; of fluxes that are far off
+FAR_OFF = 0.3
+ALONE = 2.5  # beams without another source: widths of pulls are of such sources
+HIDDEN = 1.5  # beams to a source that was not found: it may be part of this one
+ELONGATED = 1.3  # axis ratio from which axes and position angles are told apart
+FAINT = ((5, 6), (6, 8), (8, 12))  # flux over its error
+COMMON = {
+    **{"shape": (400, 400), "n_sources": 60, "min_separation_beams": 4.0, "snr_range": (5.0, 80.0)},
+    **{"gradient": 0.0, "structure": 0.0},
+}
+CROWD = {"n_sources": 300, "min_separation_beams": 0.8, "blend_fraction": 0.3}
+
+
+def grid(beams: float, count: int, fwhm: float = 4.0) -> dict[str, Any]:
+    """So many sources in rows and columns, so many beams apart."""
+    side = np.arange(count) * beams * fwhm
+    side = side - side.mean() + (COMMON["shape"][0] - 1) / 2
+    return {"positions": tuple((float(x), float(y)) for x in side for y in side)}
+
+
+def growing(simulated: Simulated) -> np.ndarray:
+    """The map with noise that grows five times from its left to its right."""
+    factor = np.linspace(1, 5, simulated.data.shape[1])
+    return simulated.data + (factor - 1) * simulated.noise
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of `Simulation`, and what is done to the maps besides."""
+
+    options: dict[str, Any]
+    data: Callable[[Simulated], np.ndarray] = lambda simulated: simulated.data
+
+
+TEN = {"beam_fwhm_pix": 10.0, "n_sources": 20}
+BEAM = {"noise": "beam"}
+CASES = {
+    "white": Case({}),
+    "beam-shaped": Case(BEAM),
+    "1/f": Case({"noise": "1/f"}),
+    "white, beam of 2 pixels": Case({"beam_fwhm_pix": 2.0}),
+    "beam-shaped, beam of 10 pixels": Case(BEAM | TEN),
+    "white, beam of 10 pixels": Case(TEN),
+    "white; a slope of 100 and structure of 10 times the noise": Case(
+        {"gradient": 100.0, "structure": 10.0}
+    ),
+    "beam-shaped; blank border and holes": Case(BEAM | {"border_pix": 20, "n_holes": 6}),
+    "white; border and holes of zeros": Case({"border_pix": 20, "n_holes": 6, "blank": "zero"}),
+    "beam-shaped, beam of 5 pixels, axis ratio 0.6": Case(
+        BEAM | {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0}
+    ),
+    "white, growing five times across the map": Case({"n_sources": 80}, growing),
+    "white, 300 sources, 30 % in blends": Case(CROWD),
+    "beam-shaped, 300 sources, 30 % in blends": Case(CROWD | BEAM),
+    "1/f, 300 sources, 30 % in blends": Case(CROWD | {"noise": "1/f"}),
+    "white, 190 sources 1.5 to 2.5 beams apart": Case(
+        {"n_sources": 190, "min_separation_beams": 1.5, "blend_fraction": 0.8}
+    ),
+    "white, a grid 4 beams apart": Case(grid(4, 11)),
+    "white, a grid 2.5 beams apart": Case(grid(2.5, 11)),
+    "white, faint": Case({"n_sources": 80, "snr_range": (3.0, 10.0)}),
+    "beam-shaped, faint": Case(BEAM | {"n_sources": 80, "snr_range": (3.0, 10.0)}),
+    "1/f, faint": Case({"noise": "1/f", "n_sources": 80, "snr_range": (3.0, 10.0)}),
+    "white, no source": Case({"n_sources": 0}),
+    "beam-shaped, no source": Case(BEAM | {"n_sources": 0}),
+    "1/f, no source": Case({"noise": "1/f", "n_sources": 0}),
+    "white, no source; blank border and holes": Case(
+        {"n_sources": 0, "border_pix": 20, "n_holes": 6}
+    ),
+}
+
+
+def main() -> None:
+    options = parse_options()
+    configure_runtime()
+    print("\n".join(report(options)))
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="CASE",
+        help="; ".join(CASES),
+    )
+    parser.add_argument("--maps", type=int, default=8, help="of each kind; default: 8")
+    parser.add_argument("--first-seed", type=int, default=100, help="of the maps; default: 100")
+    parser.add_argument("--model", choices=("auto", "white", "correlated"), default="auto")
+    parser.add_argument("--sigma", type=float, default=5.0, help="threshold; default: 5")
+    parser.add_argument("--markdown", action="store_true", help="tables for a page")
+    return parser.parse_args()
+
+
+def report(options: argparse.Namespace) -> list[str]:
+    """The tables: of sources, of faint ones, of maps without any."""
+    measured = {name: Measured.of(CASES[name], options) for name in options.only}
+    with_sources = {name: one for name, one in measured.items() if one.there}
+    faint = {name: one for name, one in with_sources.items() if "faint" in name}
+    usual = {name: one for name, one in with_sources.items() if name not in faint}
+    without = {name: one for name, one in measured.items() if not one.there}
+    tables = [
+        (HEADINGS, [[name, *usual_row(one)] for name, one in usual.items()]),
+        (FAINT_HEADINGS, [[name, *faint_row(one)] for name, one in faint.items()]),
+        (EMPTY_HEADINGS, [[name, *empty_row(one, options)] for name, one in without.items()]),
+    ]
+    lines = []
+    for headings, rows in tables:
+        lines += [*table(headings, rows, options.markdown), ""] if rows else []
+    notes = [f"{options.maps} maps of each kind, threshold {options.sigma:g}", *facts()]
+    return [*lines, *bullets(notes, options.markdown)]
+
+
+# --- What is measured ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All maps of one kind: rows of found sources and of the truth that belong together."""
+
+    there: int
+    false: int
+    found: QTable
+    true: QTable
+    beams: float  # area of the maps, beams
+
+    @classmethod
+    def of(cls, case: Case, options: argparse.Namespace) -> "Measured":
+        """Make the maps, extract them, match the tables."""
+        there, false, pairs, beams = 0, 0, [], 0.0
+        config = Config(detection={"sigma_thres": options.sigma}, noise={"model": options.model})
+        for seed in range(options.first_seed, options.first_seed + options.maps):
+            simulated = simulate(Simulation(**COMMON | case.options, seed=seed))
+            catalog = extract(as_map(simulated, case.data(simulated)), config).catalog
+            truth, beam = simulated.truth, simulated.options.beam_fwhm_arcsec
+            pair = matches(catalog, truth, beam / 2)
+            there += len(truth)
+            false += len(catalog) - len(pair.catalog)
+            beams += simulated.valid.sum() / simulated.options.beam_fwhm_pix**2
+            hidden = np.setdiff1d(np.arange(len(truth)), pair.truth)
+            true = truth[pair.truth]
+            true["HIDDEN"] = nearest(true, truth[hidden], beam)
+            true.meta.clear()
+            pairs.append((catalog[pair.catalog], true))
+        found, true = (vstack(part, metadata_conflicts="silent") for part in zip(*pairs))
+        return cls(there, false, found, true, beams)
+
+
+def as_map(simulated: Simulated, data: np.ndarray) -> Map:
+    """The simulated map as it is read from a file."""
+    from astropy.io import fits
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "simulated.fits"
+        fits.writeto(path, data, simulated.header)
+        return read_map(path)
+
+
+def nearest(some: QTable, others: QTable, beam: float) -> np.ndarray:
+    """Distance (n,) to the nearest of others, beams."""
+    if not len(others):
+        return np.full(len(some), np.inf)
+    apart = np.hypot(
+        some["X_PIX"][:, None] - others["X_PIX"], some["Y_PIX"][:, None] - others["Y_PIX"]
+    )
+    pixel = float(np.ptp(some["DEC"].to_value("arcsec")) / np.ptp(some["Y_PIX"]))
+    return apart.min(1) * pixel / beam
+
+
+def pulls(one: Measured) -> dict[str, np.ndarray]:
+    """Deviations from the truth over their errors, of sources that stand alone."""
+    alone = one.true["NEIGHBOUR"] > ALONE
+    found, true = one.found[alone], one.true[alone]
+    elongated = true["FWHM_1"] > ELONGATED * true["FWHM_2"]
+
+    def pull(name: str, of: str | None = None) -> np.ndarray:
+        off = (found[name] - true[of or name]) / found[f"{name}_ERR"]
+        return np.asarray(off.to_value(u.one))
+
+    east = (found["RA"] - true["RA"]) * np.cos(true["DEC"]) / found["RA_ERR"]
+    turn = (found["PA"] - true["PA"] + 90 * u.deg) % (180 * u.deg) - 90 * u.deg
+    angle = (turn / found["PA_ERR"]).to_value(u.one)
+    return {
+        "flux": pull("FLUX_TOTAL"),
+        "aperture": pull("FLUX_APCOR", "FLUX_TOTAL"),
+        "peak": pull("FLUX_PEAK"),
+        "FWHM": np.concatenate([pull(name)[elongated] for name in ("FWHM_1", "FWHM_2")]),
+        "position": np.concatenate([east.to_value(u.one), pull("DEC")]),
+        "PA": angle[elongated],
+    }
+
+
+# --- Rows of the tables --------------------------------------------------------------------------
+
+HEADINGS = (
+    *("noise and sources", "found / there, false", "bias of flux, %", "scatter, %"),
+    *("> 30 % off", "not beside one that was not found", "widths: flux, aperture"),
+    *("peak, FWHM", "position, PA"),
+)
+FAINT_HEADINGS = (
+    *("noise", "found / there, false"),
+    *(f"bias of flux, S/N {low} to {high}, %" for low, high in FAINT),
+)
+EMPTY_HEADINGS = ("noise", "false sources", "peaks above the threshold if Gaussian")
+
+
+def usual_row(one: Measured) -> list[str]:
+    error, ratio = flux_error(one)
+    sure, surer = error[ratio > SURE], ratio > SURER
+    far = np.abs(error) > FAR_OFF
+    clear = surer & (one.true["HIDDEN"] > HIDDEN)
+    widths = [f"{width(values):.2f}" for values in pulls(one).values()]
+    return [
+        counts(one),
+        biased(sure),
+        f"{100 * width(sure):.1f}",
+        f"{far[surer].sum()} / {surer.sum()}",
+        f"{far[clear].sum()} / {clear.sum()}",
+        *(" ".join(widths[k : k + 2]) for k in (0, 2, 4)),
+    ]
+
+
+def faint_row(one: Measured) -> list[str]:
+    """Biases by the true flux over the error, so that the noise does not choose the sources."""
+    error, _ = flux_error(one)
+    ratio = (one.true["FLUX_TOTAL"] / one.found["FLUX_TOTAL_ERR"]).to_value(u.one)
+    return [counts(one), *(biased(error[(ratio > low) & (ratio <= high)]) for low, high in FAINT)]
+
+
+def empty_row(one: Measured, options: argparse.Namespace) -> list[str]:
+    """Beside the number of independent beams times the tail of a Gaussian."""
+    expected = one.beams * 0.5 * erfc(options.sigma / np.sqrt(2))
+    return [str(one.false), f"{expected:.2g}"]
+
+
+def flux_error(one: Measured) -> tuple[np.ndarray, np.ndarray]:
+    """Relative error of the total flux; the flux over its error."""
+    error = (one.found["FLUX_TOTAL"] / one.true["FLUX_TOTAL"]).to_value(u.one) - 1
+    ratio = (one.found["FLUX_TOTAL"] / one.found["FLUX_TOTAL_ERR"]).to_value(u.one)
+    return np.asarray(error), np.asarray(ratio)
+
+
+def counts(one: Measured) -> str:
+    return f"{len(one.found)} / {one.there}, {one.false}"
+
+
+def biased(error: np.ndarray) -> str:
+    """Median and its error, per cent."""
+    if len(error) < 2:
+        return "-"
+    uncertainty = 1.25 * width(error) / np.sqrt(len(error))
+    return f"{100 * np.median(error):+.1f} +- {100 * uncertainty:.1f}"
+
+
+def width(values: Sequence[float] | np.ndarray) -> float:
+    """Standard deviation of a Gaussian of this median deviation."""
+    return float(median_abs_deviation(values, scale="normal", nan_policy="omit"))
+
+
+if __name__ == "__main__":
+    main()
