@@ -175,7 +175,8 @@ class Measured:
             true["HIDDEN"] = nearest(true, truth[hidden], beam)
             true.meta.clear()
             pairs.append((catalog[pair.catalog], true))
-        found, true = (vstack(part, metadata_conflicts="silent") for part in zip(*pairs))
+        parts = zip(*pairs, strict=True)
+        found, true = (vstack(part, metadata_conflicts="silent") for part in parts)
         return cls(there, false, found, true, beams)
 
 
