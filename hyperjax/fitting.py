@@ -58,11 +58,12 @@ PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
 _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients at 0
-_BLOCKS, _DEVICE_BLOCKS = (256, 512), (1024, 16384)  # problems per call; processors, others
+_BLOCKS, _DEVICE_BLOCKS = (2048, 4096), (8192, 131072)  # problems by bytes of a number, in a call
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
+_DEVICE_LANES = 16384  # of it, at most
 _LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
-_LANES = 32  # of a core, at most
+_LANES = 256  # bytes of a number of each lane of a core, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -266,8 +267,8 @@ def _fitted(
     """The fits of at most the largest of the `block_sizes` groups."""
     problems = to_problems(np, model, batch, options)
     solution, scale = solve_block(model, problems, options, device)
-    sources = _sources_of(model, solution)
-    inverse = _inverse_matrix(model.grid, scale, problems.free, sources, solution)
+    slopes = _slopes(model.grid, scale.unit, _sources_of(model, solution))
+    inverse = _propagated(slopes, scale.unit, solution.normal.matrix)
     return _to_results(model, batch, problems.free, solution, scale, inverse)
 
 
@@ -311,7 +312,7 @@ def _in_pieces(
 def solve_block(
     model: Model, problems: Problem, options: FitOptions, device: jax.Device
 ) -> tuple[Solution, Scale]:
-    """Solve at most the largest of the `block_sizes` problems on a device; numpy arrays."""
+    """Solve at most the largest of the `block_sizes` problems on a device: `kernels.solve_on`."""
     dtype, count = problems.data.dtype, len(problems.data)
     size = next(size for size in block_sizes(model, dtype) if size >= count)
 
@@ -337,9 +338,10 @@ def block_sizes(model: Model, dtype: Any) -> list[int]:
     """Numbers of problems that are solved in one call: few, so that there are few programs."""
     ny, nx = model.grid.shape
     room = _BLOCK_BYTES // fit_threads(len(jax.local_devices()))
-    most = max(room // (2 * ny * nx * np.dtype(dtype).itemsize), 1)
+    bytes_each = np.dtype(dtype).itemsize
+    most = max(room // (2 * ny * nx * bytes_each), 1)
     wanted = _BLOCKS if jax.default_backend() == "cpu" else _DEVICE_BLOCKS
-    return sorted({min(size, 2 ** int(np.log2(most))) for size in wanted})
+    return sorted({min(size // bytes_each, 2 ** int(np.log2(most))) for size in wanted})
 
 
 def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
@@ -414,9 +416,10 @@ def lanes_for(model: Model, dtype: Any) -> int:
     """
     ny, nx = model.grid.shape
     rows = model.slots * (model.slots + 1) // 2 + 2 * model.slots + 1
-    lane = rows * ny * nx * np.dtype(dtype).itemsize
+    bytes_each = np.dtype(dtype).itemsize
+    lane = rows * ny * nx * bytes_each
     on_cpu = jax.default_backend() == "cpu"
-    room, most = (_LANE_BYTES, _LANES) if on_cpu else (_DEVICE_BYTES, _DEVICE_BLOCKS[-1])
+    room, most = (_LANE_BYTES, _LANES // bytes_each) if on_cpu else (_DEVICE_BYTES, _DEVICE_LANES)
     return int(np.clip(2 ** int(np.log2(max(room // lane, 1))), 1, most))
 
 
@@ -588,35 +591,6 @@ def _bounds(xp: ModuleType, grid: Grid, bound: Array, sigma: Array, open_end: fl
         xp.full_like(sigma, open_end),
     ]
     return xp.stack(columns, -1)
-
-
-def _inverse_matrix(
-    grid: Grid,
-    scale: Scale,
-    free: np.ndarray,
-    sources: np.ndarray,
-    solution: Solution,
-) -> np.ndarray:
-    """S inv(H) S^T (group, P, P) over the free parameters, with S the slopes of pixel units."""
-    inverse = inverse_over_free(solution.normal.matrix, free)
-    return _propagated(_slopes(grid, scale.unit, sources), scale.unit, inverse)
-
-
-def inverse_over_free(matrix: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Inverses (group, P, P) of matrices over their free parameters.
-
-    0 for what is held; NaN for what is free but without any effect (the position of a source of
-    peak 0), which leaves the other parameters alone.
-    """
-    diagonal = np.diagonal(matrix, axis1=1, axis2=2)
-    used = free & (diagonal > 0)
-    root = np.where(used, 1 / np.sqrt(np.where(used, diagonal, 1)), 0)
-    eye = np.eye(matrix.shape[-1], dtype=matrix.dtype)
-    scaled = matrix * root[:, :, None] * root[:, None, :] + eye * ~used[:, :, None]
-    inverse = np.linalg.inv(scaled + 4 * np.finfo(matrix.dtype).eps * eye)
-    inverse = inverse * root[:, :, None] * root[:, None, :]
-    idle = free & ~used
-    return np.where(idle[:, :, None] | idle[:, None, :], np.nan, inverse)
 
 
 def _slopes(grid: Grid, unit: np.ndarray, source: np.ndarray) -> np.ndarray:

@@ -17,16 +17,17 @@ import jax
 import numpy as np
 from jax import export, lax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from hyperjax.definite import inverse_over_free
 from hyperjax.errors import OutputError
 from hyperjax.files import atomic_path
-from hyperjax.models import GaussianGroup, Model, Normal, Problem, Scale
+from hyperjax.models import CompilerOptions, GaussianGroup, Model, Normal, Problem, Scale
 from hyperjax.solver import Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
-_TRACED = ("models", "spectral", "solver", "kernels")
+_TRACED = ("models", "spectral", "definite", "solver", "kernels")
 _making = threading.Lock()
 _DIGEST = hashlib.sha256().digest_size
 _SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0), Scale(0, 0, 0, 0)))
@@ -54,7 +55,8 @@ def solve_on(
     """Solve a stack of problems on one device, several of them in as many threads.
 
     They are brought to the model's own units (`Model.scaled`), in which the solutions are. The
-    first `count` are solved (`solver.solve_lanes`).
+    first `count` are solved (`solver.solve_lanes`). In the place of the matrix of the normal
+    equations is its inverse over the free parameters.
     """
     leaves, structure = jax.tree.flatten((problems, tolerances, count))
     specs = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
@@ -87,17 +89,23 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     return _compiled(solve.lower(*placed), options if jax.default_backend() == "cpu" else {})
 
 
-def _options(double: bool) -> dict[str, bool | str]:
-    """Options of XLA for all models, on processors.
+def _options(double: bool) -> CompilerOptions:
+    """CompilerOptions of XLA for all models, on processors.
 
     The products of small matrices are not divided over threads, which costs more than they do: the
     stacks of problems are. In 32 bits XLA's own products are faster than those of its library.
+    Vectors are as wide as the processor has them: XLA prefers half of that.
     """
-    options: dict[str, bool | str] = {"xla_cpu_multi_thread_eigen": False}
+    options: CompilerOptions = {
+        "xla_cpu_multi_thread_eigen": False,
+        "xla_cpu_prefer_vector_width": 512,
+    }
     return options if double else options | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def _compiled(lowered: jax.stages.Lowered, options: dict[str, bool | str]) -> jax.stages.Compiled:
+def _compiled(
+    lowered: jax.stages.Lowered, options: dict[str, bool | int | str]
+) -> jax.stages.Compiled:
     """Compile a program, without those options that this compiler does not know."""
     try:
         return lowered.compile(compiler_options=options)
@@ -114,7 +122,26 @@ def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
     problems, tolerances, count = jax.tree.unflatten(kind.structure, leaves)
     problems, scale = lax.optimization_barrier(jax.vmap(kind.model.scaled)(problems))
     solution = solve_lanes(kind.model, problems, tolerances, kind.lanes, count)
+    inverse = _inverses(solution.normal.matrix, problems.free, kind.lanes, count)
+    solution = solution._replace(normal=solution.normal._replace(matrix=inverse))
     return jax.tree.leaves((solution, scale))
+
+
+def _inverses(
+    matrices: Float[Array, "problem P P"],
+    free: Bool[Array, "problem P"],
+    lanes: int,
+    count: Int[Array, ""],
+) -> Float[Array, "problem P P"]:
+    """`inverse_over_free` of the first `count` matrices, `lanes` at a time; the others stay."""
+    lanes = min(lanes, len(matrices))
+
+    def some(part: Int[Array, ""], done: Float[Array, "problem P P"]) -> Array:
+        these = (lax.dynamic_slice_in_dim(all_, part * lanes, lanes) for all_ in (matrices, free))
+        inverses = jax.vmap(inverse_over_free)(*these)
+        return lax.dynamic_update_slice_in_dim(done, inverses, part * lanes, 0)
+
+    return lax.fori_loop(0, (count + lanes - 1) // lanes, some, matrices)
 
 
 def _kept(path: Path) -> export.Exported | None:

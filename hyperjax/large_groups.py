@@ -95,7 +95,7 @@ def inverse_blocks(
 ) -> Float[np.ndarray, "slot 6 6"]:
     """Blocks of each source in the inverse of the matrix over its free parameters.
 
-    As `hyperjax.fitting.inverse_over_free` has them: 0 for what is held, NaN for what is free but
+    As `hyperjax.definite.inverse_over_free` has them: 0 for what is held, NaN for what is free but
     without any effect.
     """
     diagonal = matrix.diagonal()

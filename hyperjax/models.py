@@ -26,6 +26,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 LOSSES = ("linear", "soft_l1", "huber", "cauchy")
+CompilerOptions = dict[str, bool | int | str]
+"""Options of XLA's compiler."""
+
 SHAPE = 6
 """Parameters of one Gaussian: peak, x, y, log size, two ellipticities."""
 
@@ -233,7 +236,7 @@ class Model(Objective):
         """Parameters of one source."""
 
     @property
-    def compiler_options(self) -> dict[str, bool | str]:
+    def compiler_options(self) -> CompilerOptions:
         """Options of XLA that this model's programs are compiled with, on processors."""
         return {}
 
@@ -521,13 +524,12 @@ class GaussianGroup(Model):
         rows = [bent[first] * weighted[second], bent * problem.weight]
         if self.loss != "linear":
             rows.append((told.pull * problem.weight**2)[None])
-        slopes = jnp.concatenate([weighted * pulled, (pulled * problem.weight)[None]])
-        products, slopes = lax.optimization_barrier((jnp.concatenate(rows), slopes))
-        moments = self._moments(products, self.degree)
-        ends = np.cumsum([len(first), self.slots])
-        pairs, singles, *plain = jnp.split(moments, ends[: len(rows) - 1])
+        rows += [weighted * pulled, (pulled * problem.weight)[None]]
+        moments = self._moments(lax.optimization_barrier(jnp.concatenate(rows)), self.degree)
+        pairs, singles, *plain, pulls, pull = jnp.split(
+            moments, np.cumsum([len(row) for row in rows[:-1]])
+        )
         weights = plain[0][0] if plain else problem.weight_moments
-        pulls, pull = jnp.split(self._moments(slopes, max(2, self.order)), [self.slots])
 
         quadratics = self._quadratics(sources)
         matrix = self._matrix(quadratics, pairs[self._pair_index], singles, weights)

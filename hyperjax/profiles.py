@@ -18,7 +18,6 @@ from hyperjax.fitting import (
     FitResult,
     GroupBatch,
     in_pieces,
-    inverse_over_free,
     solve_block,
 )
 from hyperjax.models import LOSSES, Grid, Problem, ProfileGroup, monomials
@@ -187,7 +186,7 @@ def _to_result(
     pixels, freedom = np.sum(problems.weight > 0, 1), np.sum(problems.free, 1)
     chi2 = solution.normal.chi2
     n = np.maximum(pixels, 1).astype(chi2.dtype)
-    inverse = inverse_over_free(solution.normal.matrix, problems.free)[:, own][:, :, own]
+    inverse = solution.normal.matrix[:, own][:, :, own]
     spread = 1 if model.loss == "linear" else solution.normal.spread[:, None, None]
     deviation = np.sum((problems.weight * _deviation(problems)) ** 2, 1)
     there = batch.present[..., None]

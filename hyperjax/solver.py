@@ -6,13 +6,16 @@ next one, so that the work is the sum of the problems' iterations and not the sl
 `hyperjax.least_squares` offers the same iteration as an optimistix solver.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
+from hyperjax.definite import solve_definite
 from hyperjax.models import Chart, Normal, Objective, Problem
 
 RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
@@ -195,16 +198,14 @@ def damped_step(
 ) -> Float[Array, " P"]:
     """Minus the gradient over the damped matrix, with blocked coordinates at rest.
 
-    The matrix is scaled to a unit diagonal before its Cholesky factor is taken.
+    The matrix is scaled to a unit diagonal before the equations are solved.
     """
     diagonal = jnp.diagonal(normal.matrix)
     idle = blocked | (diagonal <= 0)
     scale = jnp.where(idle, 0, 1 / jnp.sqrt(jnp.where(idle, 1, diagonal)))
     scaled = normal.matrix * scale[:, None] * scale
     damped = scaled + jnp.diag(jnp.where(idle, 1, damping).astype(scale.dtype))
-    factor = jnp.linalg.cholesky(damped, symmetrize_input=False)
-    solution = jax.scipy.linalg.cho_solve((factor, True), -scale * normal.gradient)
-    return scale * solution
+    return scale * solve_definite(damped, (-scale * normal.gradient)[:, None])[:, 0]
 
 
 def newton_decrement(
@@ -273,65 +274,85 @@ def solve_lanes(
     """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
-    zeros.
+    zeros. What a lane loads and writes is packed in few arrays: each array is a call of its own.
     """
     size = problems.data.shape[0]
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
     problems = jax.vmap(model.prepare)(problems)
-    index = jnp.arange(lanes)
-    held = jax.tree.map(lambda leaf: leaf[:lanes], problems)
-    state = jax.vmap(lambda problem: begin(model, problem))(held)
-    blank = jax.tree.map(
-        lambda leaf: jnp.zeros((size, *leaf.shape[1:]), leaf.dtype), _solution(state)
-    )
+    stack, unpacked = _packed(problems)
+
+    def load(index: Int[Array, " lane"]) -> tuple[Problem, Int[Array, " lane"]]:
+        rows = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), stack)
+        return jax.vmap(unpacked)(rows)
 
     def trip(carry):  # type: ignore[no-untyped-def]
-        index, following, held, state, results = carry
-        moved = jax.vmap(lambda p, s: advance(model, p, s, tolerances))(held, state)
-        running = state.status == RUNNING
-        state = _select(running, moved, state)
+        index, following, state, results = carry
+        state = jax.vmap(lambda p, s: _onward(model, p, s, tolerances))(load(index)[0], state)
         ended = (state.status != RUNNING) & (index < count)
         slot = jnp.where(ended, index, size)
-        results = jax.tree.map(
-            lambda out, leaf: out.at[slot].set(leaf, mode="drop"), results, _solution(state)
-        )
+        results = results.at[slot].set(_rows(_solution(state))[0], mode="drop")
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
         following = following + jnp.sum(ended)
-        held = _load(problems, held, index, ended & (index < count))
-        fresh = jax.vmap(lambda problem: begin(model, problem))(held)
-        return index, following, held, _select(ended & (index < count), fresh, state), results
+        problem, status = load(index)
+        fresh = jax.vmap(lambda p: begin(model, p))(problem)
+        fresh = fresh._replace(normal=state.normal, status=status)  # normal: of no account yet
+        return index, following, _select(ended & (index < count), fresh, state), results
 
-    carry = (index, jnp.asarray(lanes), held, state, blank)
-    return lax.while_loop(lambda c: jnp.any(c[0] < count), trip, carry)[-1]
+    index = jnp.arange(lanes)
+    state = jax.vmap(lambda problem: begin(model, problem))(load(index)[0])
+    rows, solution_of = _rows(_solution(state))
+    results = jnp.zeros((size, rows.shape[1]), rows.dtype)
+    carry = (index, jnp.asarray(lanes), state, results)
+    results = lax.while_loop(lambda c: jnp.any(c[0] < count), trip, carry)[-1]
+    return jax.vmap(solution_of)(results)
 
 
-def _load(
+def _onward(model: Objective, problem: Problem, state: State, tolerances: Tolerances) -> State:
+    """One iteration of a problem that runs; one without data stays as it is."""
+    moved = advance(model, problem, state, tolerances)
+    runs = state.status == RUNNING
+    return moved._replace(
+        params=jnp.where(runs, moved.params, state.params),
+        normal=moved.normal._replace(cost=jnp.where(runs, moved.normal.cost, jnp.inf)),
+        steps=jnp.where(runs, moved.steps, state.steps),
+        status=jnp.where(runs, moved.status, state.status),
+    )
+
+
+class _Stack(NamedTuple):
+    """Problems as lanes load them; `rest` is all but the pixels, and the status at the begin."""
+
+    data: Float[Array, "problem pixel"]
+    weight: Float[Array, "problem pixel"]
+    rest: Float[Array, "problem value"]
+
+
+def _packed(
     problems: Problem,
-    held: Problem,
-    index: Int[Array, " lane"],
-    wanted: Bool[Array, " lane"],
-) -> Problem:
-    """Copy problem index[lane] into every wanted lane, and touch no other."""
-    order = jnp.argsort(~wanted)  # wanted lanes first
+) -> tuple[_Stack, Callable[[_Stack], tuple[Problem, Int[Array, ""]]]]:
+    """The problems as a stack, and what makes a problem and its first status of a row of it."""
+    usable = jnp.any(problems.weight > 0, axis=1)
+    status = jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32)
+    rest, rest_of = _rows((problems._replace(data=(), weight=()), status))
 
-    def copy(i, held):  # type: ignore[no-untyped-def]
-        lane = order[i]
-        return jax.tree.map(
-            lambda to, source: lax.dynamic_update_index_in_dim(
-                to, lax.dynamic_index_in_dim(source, index[lane], 0, False), lane, 0
-            ),
-            held,
-            problems,
-        )
+    def unpacked(row: _Stack) -> tuple[Problem, Int[Array, ""]]:
+        problem, status = rest_of(row.rest)
+        return problem._replace(data=row.data, weight=row.weight), status
 
-    return lax.fori_loop(0, jnp.sum(wanted), copy, held)
+    return _Stack(problems.data, problems.weight, rest), unpacked
 
 
 def _select(mask: Bool[Array, " lane"], new: State, old: State) -> State:
     return jax.tree.map(
         lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
     )
+
+
+def _rows(stack: Any) -> tuple[Float[Array, "row value"], Callable[[Array], Any]]:
+    """A stack (leading axis) of trees of arrays as rows of one type, and the tree of a row."""
+    rows = jax.vmap(lambda tree: ravel_pytree(tree)[0])(stack)
+    return rows, ravel_pytree(jax.tree.map(lambda leaf: leaf[0], stack))[1]
 
 
 def _solution(state: State) -> Solution:

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from hyperjax.models import (
+    CompilerOptions,
     GaussianGroup,
     Normal,
     Problem,
@@ -57,7 +58,7 @@ class SpectralGroup(GaussianGroup):
     """
 
     @property
-    def compiler_options(self) -> dict[str, bool | str]:
+    def compiler_options(self) -> CompilerOptions:
         """XLA's older kernels: as fast for this model, and compiled in half the time."""
         return {"xla_cpu_use_fusion_emitters": False}
 
