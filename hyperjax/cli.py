@@ -6,7 +6,6 @@ Results go to the standard output; progress, log and errors go to the standard e
 
 import gc
 import logging
-import os
 import re
 import sys
 import traceback
@@ -36,7 +35,6 @@ DEFAULT_OUTPUT = "hyperjax_out"
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
-_BLAS_THREADS = "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"  # read where numpy is imported
 _WIDE = 1000  # characters of a line off a terminal, which nothing is folded to fit
 _GARBAGE_THRESHOLDS = 50_000, 20, 50  # of new objects, and of collections of the younger ones
 
@@ -54,11 +52,9 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line.
 
-    Linear algebra is done on one thread: others would wait for work. Garbage is looked for more
-    rarely than Python does by itself, which takes a tenth of the time of a short run.
+    Garbage is looked for more rarely than Python does by itself, which takes a tenth of the time of
+    a short run.
     """
-    for variable in _BLAS_THREADS:
-        os.environ.setdefault(variable, "1")
     gc.set_threshold(*_GARBAGE_THRESHOLDS)
     app(prog_name="hyperjax")
 

@@ -54,8 +54,9 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
     """Set jax up for a process of its own; best before the first computation.
 
     One process uses all cores: fits and transforms are divided over threads, and XLA's own pool
-    gets as many (the environment variable NPROC, unless it is set). Memory that is freed stays with
-    the process.
+    gets as many (the environment variable NPROC, unless it is set). BLAS and LAPACK work in the
+    thread that calls them: threads of their own wait busily between small matrices, where fits want
+    to work. Memory that is freed stays with the process.
 
     Parameters
     ----------
@@ -66,7 +67,9 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
         given. The environment variable JAX_COMPILATION_CACHE_DIR, if set, has the last word.
     """
     import jax
+    import scipy.linalg  # noqa: F401  whose library jax's own linear algebra is
     from platformdirs import user_cache_dir
+    from threadpoolctl import threadpool_limits
 
     global _threads
     _threads = threads or _threads
@@ -75,6 +78,7 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
         cache or Path(user_cache_dir("hyperjax")) / "jax"
     )
     os.environ.setdefault("NPROC", str(threads or usable_cores()))
+    threadpool_limits(1, user_api="blas")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -2,8 +2,6 @@
 
 import os
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that wait for small matrices
-
 import jax
 
 from hyperjax.runtime import configure_runtime

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from threadpoolctl import threadpool_info
 
 from hyperjax.runtime import at_once
 
@@ -28,3 +29,10 @@ def test_an_error_is_raised(threads: int) -> None:
 
 def test_nothing_makes_nothing() -> None:
     assert at_once(str, [], 2) == []
+
+
+def test_linear_algebra_has_no_threads_of_its_own() -> None:
+    """After `configure_runtime` (conftest), those of numpy and of scipy, which jax calls."""
+    libraries = [one for one in threadpool_info() if one["user_api"] == "blas"]
+    assert libraries
+    assert {one["num_threads"] for one in libraries} == {1}
