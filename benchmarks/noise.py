@@ -115,7 +115,7 @@ def parse_options() -> argparse.Namespace:
         choices=CASES,
         default=list(CASES),
         metavar="CASE",
-        help="; ".join(CASES),
+        help="; ".join(CASES).replace("%", "%%"),
     )
     parser.add_argument("--maps", type=int, default=8, help="of each kind; default: 8")
     parser.add_argument("--first-seed", type=int, default=100, help="of the maps; default: 100")

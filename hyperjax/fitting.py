@@ -34,6 +34,7 @@ from hyperjax.models import (
 from hyperjax.runtime import at_once, fit_threads
 from hyperjax.solver import (
     CONVERGED,
+    FIRST_DAMPING,
     NO_DATA,
     SINGULAR,
     STEP_LIMIT,
@@ -62,6 +63,8 @@ _BLOCKS, _DEVICE_BLOCKS = (2048, 4096), (8192, 131072)  # problems by bytes of a
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _DEVICE_LANES = 16384  # of it, at most
+_FEW_STEPS = 8  # that a fit takes from a fair start
+_SECOND_DAMPING = 1.0  # of the first step where the fit before was doubtful
 _LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
 _LANES = 256  # bytes of a number of each lane of a core, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
@@ -111,8 +114,13 @@ class FitOptions(NamedTuple):
         Residual, in units of the noise, from which the loss is no longer quadratic.
     lambda_l2
         L2 penalty on the polynomial's coefficients (noise units over a cutout scaled to [-1, 1]).
-    ftol, xtol, gtol, max_steps
-        When to stop (`hyperjax.solver.Tolerances`).
+    ftol, xtol, gtol, max_steps, damping
+        When to stop, and how to begin (`hyperjax.solver.Tolerances`).
+    second_start
+        Whether groups of several sources are fitted once more where their optimum may be the wrong
+        one: with a parameter on a bound, far from the start (more than eight steps), or none at
+        all. That is from round sources of sizes in the middle of their bounds, with short first
+        steps; the better of both fits counts.
     """
 
     loss: str = "linear"
@@ -122,6 +130,8 @@ class FitOptions(NamedTuple):
     xtol: float = 0.0
     gtol: float = 0.0
     max_steps: int = 200
+    damping: float = FIRST_DAMPING
+    second_start: bool = True
 
 
 class FitResult(NamedTuple):
@@ -212,7 +222,39 @@ def fit_groups(
         _check_values(piece)
         return _fitted(model, options, piece, device)
 
-    return in_pieces(fit, batch, model, options)
+    result = in_pieces(fit, batch, model, options)
+    return _better_of_two(model, options, batch, result) if options.second_start else result
+
+
+def _better_of_two(
+    model: GaussianGroup, options: FitOptions, batch: GroupBatch, result: FitResult
+) -> FitResult:
+    """The result, with doubtful fits of several sources replaced by better ones from elsewhere."""
+    odd = result.on_bound.any((1, 2)) | (result.steps > _FEW_STEPS)
+    doubtful = (result.status == SINGULAR) | ((result.status == CONVERGED) & odd)
+    start = _in_the_middle(batch)
+    elsewhere = (start != batch.start).any((1, 2))
+    again = np.flatnonzero(doubtful & elsewhere & (batch.present.sum(1) > 1))
+    if not again.size:
+        return result
+    some = GroupBatch(*(leaf[again] for leaf in batch._replace(start=start)))
+    fit = functools.partial(_fitted, model, options._replace(damping=_SECOND_DAMPING))
+    second = in_pieces(fit, some, model, options._replace(damping=_SECOND_DAMPING))
+    first = FitResult(*(leaf[again] for leaf in result))
+    better = (second.status == CONVERGED) & ~(first.cost <= second.cost)
+    for whole, old, new in zip(result, first, second, strict=True):
+        whole[again] = np.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    result.steps[again] = first.steps + second.steps
+    return result
+
+
+def _in_the_middle(batch: GroupBatch) -> np.ndarray:
+    """Starts (group, slot, 6) with the sizes that are free in the middle of their bounds, round."""
+    middle = np.sqrt(batch.lower[..., MINOR] * batch.upper[..., MAJOR])
+    known = batch.present & np.isfinite(middle) & (middle > 0)
+    moves = known[..., None] & batch.free & (np.arange(SHAPE) >= MAJOR)
+    shape = np.where(np.arange(SHAPE) == THETA, 0, middle[..., None])
+    return np.where(moves, shape, batch.start)
 
 
 def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -353,6 +395,7 @@ def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
         xtol=np.asarray(options.xtol, dtype),
         gtol=np.asarray(options.gtol, dtype),
         max_steps=np.asarray(options.max_steps, np.int32),
+        damping=np.asarray(options.damping, dtype),
     )
 
 

@@ -31,7 +31,6 @@ from hyperjax.models import (
 )
 from hyperjax.solver import (
     CONVERGED,
-    FIRST_DAMPING,
     NO_DATA,
     RUNNING,
     Solution,
@@ -124,7 +123,7 @@ def _iterated(model: GaussianGroup, problem: Problem, tolerances: Tolerances) ->
     if not (problem.weight > 0).any():
         return Solution(params, normal, np.int32(0), np.int32(NO_DATA))
     trial, better, before = normal, True, np.float64(0)
-    damping, growth = np.array(FIRST_DAMPING), np.array(2.0)
+    damping, growth = np.array(tolerances.damping), np.array(2.0)
     steps, status, predicted = 0, RUNNING, 1.0
     while status == RUNNING:
         if steps > 0:

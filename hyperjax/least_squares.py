@@ -75,7 +75,15 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
     ) -> State:
         """The state before the first evaluation."""
         problem = _bounded(y, options)
-        return begin(_Residuals(fn, args, y), problem)
+        return begin(_Residuals(fn, args, y), problem, self._tolerances(problem.start.dtype))
+
+    def _tolerances(self, dtype: jnp.dtype) -> Tolerances:
+        return Tolerances(
+            ftol=jnp.asarray(self.ftol, dtype),
+            xtol=jnp.asarray(self.xtol, dtype),
+            gtol=jnp.asarray(self.gtol, dtype),
+            max_steps=jnp.asarray(_UNLIMITED, jnp.int32),  # optimistix counts them
+        )
 
     def step(
         self,
@@ -87,13 +95,7 @@ class BoundedLevenbergMarquardt(optx.AbstractLeastSquaresSolver):
         tags: frozenset[object],
     ) -> tuple[PyTree, State, PyTree]:
         """Evaluate the candidate, keep it if it is better, and propose the next."""
-        dtype = state.params.dtype
-        tolerances = Tolerances(
-            ftol=jnp.asarray(self.ftol, dtype),
-            xtol=jnp.asarray(self.xtol, dtype),
-            gtol=jnp.asarray(self.gtol, dtype),
-            max_steps=jnp.asarray(_UNLIMITED, jnp.int32),  # optimistix counts them
-        )
+        tolerances = self._tolerances(state.params.dtype)
         state = advance(_Residuals(fn, args, y), _bounded(y, options), state, tolerances)
         kept = ravel_pytree(y)[1](state.params)
         return kept, state, fn(kept, args)[1]

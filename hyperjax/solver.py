@@ -22,14 +22,14 @@ RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
 """How a problem stands: still running; at its optimum; out of steps; no descent found, though not
 at an optimum; without a single valid pixel."""
 
-FIRST_DAMPING = 1e-3
+FIRST_DAMPING = 1e-2
 _LEAST_DAMPING = 1e-9
 _MOST_DAMPING = 1e12
 _LEAST_RATIO = 0.05  # of successive decrements
 
 
 class Tolerances(NamedTuple):
-    """When to stop; data, so that changing them compiles nothing.
+    """When to stop, and how to begin; data, so that changing them compiles nothing.
 
     Attributes
     ----------
@@ -41,12 +41,15 @@ class Tolerances(NamedTuple):
         Largest cosine between the residuals and a column of the Jacobian (MINPACK's gtol).
     max_steps
         Evaluations of the model.
+    damping
+        Marquardt's lambda of the first step.
     """
 
     ftol: Float[Array, ""]
     xtol: Float[Array, ""]
     gtol: Float[Array, ""]
     max_steps: Int[Array, ""]
+    damping: Float[Array, ""] | float = FIRST_DAMPING
 
 
 class State(NamedTuple):
@@ -72,7 +75,7 @@ class Solution(NamedTuple):
     status: Int[Array, ""]
 
 
-def begin(model: Objective, problem: Problem) -> State:
+def begin(model: Objective, problem: Problem, tolerances: Tolerances) -> State:
     """The state before the first evaluation."""
     size, dtype = model.size, problem.start.dtype
     nowhere = Normal(
@@ -89,7 +92,7 @@ def begin(model: Objective, problem: Problem) -> State:
         candidate=problem.start,
         predicted=jnp.ones((), dtype),
         decrement=jnp.zeros((), dtype),
-        damping=jnp.asarray(FIRST_DAMPING, dtype),
+        damping=jnp.asarray(tolerances.damping, dtype),
         growth=jnp.asarray(2.0, dtype),
         steps=jnp.zeros((), jnp.int32),
         status=jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32),
@@ -259,7 +262,7 @@ def solve_one(model: Objective, problem: Problem, tolerances: Tolerances) -> Sol
     last = lax.while_loop(
         lambda state: state.status == RUNNING,
         lambda state: advance(model, problem, state, tolerances),
-        begin(model, problem),
+        begin(model, problem, tolerances),
     )
     return _solution(last)
 
@@ -295,12 +298,12 @@ def solve_lanes(
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
         following = following + jnp.sum(ended)
         problem, status = load(index)
-        fresh = jax.vmap(lambda p: begin(model, p))(problem)
+        fresh = jax.vmap(lambda p: begin(model, p, tolerances))(problem)
         fresh = fresh._replace(normal=state.normal, status=status)  # normal: of no account yet
         return index, following, _select(ended & (index < count), fresh, state), results
 
     index = jnp.arange(lanes)
-    state = jax.vmap(lambda problem: begin(model, problem))(load(index)[0])
+    state = jax.vmap(lambda p: begin(model, p, tolerances))(load(index)[0])
     rows, solution_of = _rows(_solution(state))
     results = jnp.zeros((size, rows.shape[1]), rows.dtype)
     carry = (index, jnp.asarray(lanes), state, results)
