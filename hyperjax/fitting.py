@@ -63,6 +63,7 @@ _BLOCKS, _DEVICE_BLOCKS = (2048, 4096), (8192, 131072)  # problems by bytes of a
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _DEVICE_LANES = 16384  # of it, at most
+_ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS = 8  # that a fit takes from a fair start
 _SECOND_DAMPING = 1.0  # of the first step where the fit before was doubtful
 _LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
@@ -287,7 +288,9 @@ def _large(model: GaussianGroup, options: FitOptions, batch: GroupBatch) -> FitR
         one = GroupBatch(*doubled)
         problems = to_problems(np, model, one, options)
         problem = jax.tree.map(lambda leaf: leaf[0], problems)
-        solution, scale = solve_large(model, problem, tolerances_of(options, np.float64))
+        solution, scale = solve_large(
+            model, problem, tolerances_of(options, problem.data.size, np.float64)
+        )
         inverse = inverse_blocks(solution.normal.matrix, problem.free, model.slots)
         solution = solution._replace(normal=solution.normal._replace(matrix=None))
         solution, scale = jax.tree.map(lambda leaf: np.asarray(leaf)[None], (solution, scale))
@@ -370,7 +373,7 @@ def solve_block(
         model,
         lanes_for(model, dtype),
         jax.tree.map(padded, problems),
-        tolerances_of(options, dtype),
+        tolerances_of(options, problems.data[0].size, dtype),
         np.asarray(count, np.int32),
     )
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], solved)
@@ -386,8 +389,8 @@ def block_sizes(model: Model, dtype: Any) -> list[int]:
     return sorted({min(size // bytes_each, 2 ** int(np.log2(most))) for size in wanted})
 
 
-def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
-    """The options' tolerances, those that are not given by the type of the data."""
+def tolerances_of(options: FitOptions, pixels: int, dtype: Any) -> Tolerances:
+    """The options' tolerances, those that are not given by the type and the number of the data."""
     default = 1e-8 if dtype == np.float64 else 1e-7
     ftol = default if options.ftol is None else max(options.ftol, float(np.finfo(dtype).eps))
     return Tolerances(
@@ -395,6 +398,7 @@ def tolerances_of(options: FitOptions, dtype: Any) -> Tolerances:
         xtol=np.asarray(options.xtol, dtype),
         gtol=np.asarray(options.gtol, dtype),
         max_steps=np.asarray(options.max_steps, np.int32),
+        atol=np.asarray(pixels * (_ROUNDING * np.finfo(dtype).eps) ** 2, dtype),
         damping=np.asarray(options.damping, dtype),
     )
 

@@ -84,7 +84,7 @@ def fit_parameters(
     problems = jax.tree.map(jnp.asarray, to_problems(jnp, model, batch, options))
     problems, scale = jax.vmap(model.scaled)(problems)
     exact = 0.0 if options.ftol is None else options.ftol
-    tolerances = tolerances_of(options._replace(ftol=exact), batch.data.dtype)
+    tolerances = tolerances_of(options._replace(ftol=exact), ny * nx, batch.data.dtype)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
     return to_parameters(jnp, model, batch, scale, solved)
 

@@ -41,6 +41,9 @@ class Tolerances(NamedTuple):
         Largest cosine between the residuals and a column of the Jacobian (MINPACK's gtol).
     max_steps
         Evaluations of the model.
+    atol
+        Reduction of the cost that is still to be had and is rounding, whatever the cost: data
+        without noise have none.
     damping
         Marquardt's lambda of the first step.
     """
@@ -49,6 +52,7 @@ class Tolerances(NamedTuple):
     xtol: Float[Array, ""]
     gtol: Float[Array, ""]
     max_steps: Int[Array, ""]
+    atol: Float[Array, ""] | float = 0.0
     damping: Float[Array, ""] | float = FIRST_DAMPING
 
 
@@ -250,7 +254,7 @@ def converged(
     cosine = jnp.abs(gradient) / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1) * 2 * local.cost)
     length = jnp.linalg.norm(step) * (1 + damping)
     return (
-        (left <= tolerances.ftol * local.cost)
+        (left <= tolerances.ftol * local.cost + tolerances.atol)
         | (jnp.max(cosine) <= tolerances.gtol)
         | (length <= tolerances.xtol * (tolerances.xtol + jnp.linalg.norm(params)))
     )

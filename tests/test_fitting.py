@@ -214,6 +214,22 @@ def test_f32_finds_what_f64_finds() -> None:
     assert_allclose(single.cost, double.cost, rtol=1e-5)  # one step before
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [(np.float64, 1e-10), (np.float32, 1e-3)])
+@pytest.mark.parametrize("factor", [1e-7, 1.0])
+def test_data_without_noise_are_fitted_exactly(dtype: type, digits: float, factor: float) -> None:
+    """Where the cost itself goes to zero, its last digits are no reason to go on."""
+    batch, truth = make_batch(20, seed=4)
+    data = [image_of(own[there]) for own, there in zip(truth, batch.present, strict=True)]
+    unit = np.array([factor, 1, 1, 1, 1, 1])
+    changed = {k: getattr(batch, k) * unit for k in ("start", "lower", "upper")}
+    changed |= {"data": np.array(data) * factor, "weight": batch.weight / factor**2}
+    fit = fit_groups(batch._replace(**{k: v.astype(dtype) for k, v in changed.items()}))
+    assert (fit.status == CONVERGED).all()
+    assert fit.steps.max() < 30
+    off = (fit.params / unit - truth)[batch.present][:, :THETA]
+    assert_allclose(off, 0, atol=digits)
+
+
 def cost_at(fit: FitResult, batch: GroupBatch) -> np.ndarray:
     """Costs (group,) of the fitted parameters, in double precision."""
     images = [
