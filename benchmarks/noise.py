@@ -255,9 +255,12 @@ def usual_row(one: Measured) -> list[str]:
 
 
 def faint_row(one: Measured) -> list[str]:
-    """Biases by the true flux over the error, so that the noise does not choose the sources."""
+    """Biases by the true flux over the median error, so that the noise does not choose sources.
+
+    The error of each source goes with its measured size, as its flux does.
+    """
     error, _ = flux_error(one)
-    ratio = (one.true["FLUX_TOTAL"] / one.found["FLUX_TOTAL_ERR"]).to_value(u.one)
+    ratio = (one.true["FLUX_TOTAL"] / np.median(one.found["FLUX_TOTAL_ERR"])).to_value(u.one)
     return [counts(one), *(biased(error[(ratio > low) & (ratio <= high)]) for low, high in FAINT)]
 
 

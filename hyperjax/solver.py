@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
@@ -281,37 +282,45 @@ def solve_lanes(
     """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
-    zeros. What a lane loads and writes is packed in few arrays: each array is a call of its own.
+    zeros. What a lane loads, carries and writes is packed in few arrays: each array is a call of its
+    own. A lane whose problem has ended has its steps set to 0: it begins with the next one.
     """
     size = problems.data.shape[0]
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
     problems = jax.vmap(model.prepare)(problems)
     stack, unpacked = _packed(problems)
+    first = np.arange(lanes)
 
     def load(index: Int[Array, " lane"]) -> tuple[Problem, Int[Array, " lane"]]:
         rows = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), stack)
         return jax.vmap(unpacked)(rows)
 
+    blank = jax.eval_shape(lambda: jax.vmap(lambda p: begin(model, p, tolerances))(load(first)[0]))
+    blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blank)
+    rows, state_of = _rows(blank)
+    results, solution_of = _rows(_solution(blank))
+
     def trip(carry):  # type: ignore[no-untyped-def]
-        index, following, state, results = carry
-        state = jax.vmap(lambda p, s: _onward(model, p, s, tolerances))(load(index)[0], state)
+        places, rows, results = carry
+        index, following = places[:-1], places[-1]  # of the lanes' problems; of the next to load
+        problem, status = load(index)
+        state = jax.vmap(state_of)(rows)
+        begun = jax.vmap(lambda p: begin(model, p, tolerances))(problem)
+        begun = begun._replace(normal=state.normal, status=status)  # normal: of no account yet
+        state = _select(state.steps == 0, begun, state)
+        state = jax.vmap(lambda p, s: _onward(model, p, s, tolerances))(problem, state)
         ended = (state.status != RUNNING) & (index < count)
         slot = jnp.where(ended, index, size)
         results = results.at[slot].set(_rows(_solution(state))[0], mode="drop")
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
-        following = following + jnp.sum(ended)
-        problem, status = load(index)
-        fresh = jax.vmap(lambda p: begin(model, p, tolerances))(problem)
-        fresh = fresh._replace(normal=state.normal, status=status)  # normal: of no account yet
-        return index, following, _select(ended & (index < count), fresh, state), results
+        places = jnp.append(index, following + jnp.sum(ended)).astype(places.dtype)
+        state = state._replace(steps=jnp.where(ended, 0, state.steps))
+        return places, _rows(state)[0], results
 
-    index = jnp.arange(lanes)
-    state = jax.vmap(lambda p: begin(model, p, tolerances))(load(index)[0])
-    rows, solution_of = _rows(_solution(state))
-    results = jnp.zeros((size, rows.shape[1]), rows.dtype)
-    carry = (index, jnp.asarray(lanes), state, results)
-    results = lax.while_loop(lambda c: jnp.any(c[0] < count), trip, carry)[-1]
+    results = jnp.zeros((size, results.shape[1]), results.dtype)
+    carry = (jnp.asarray(np.append(first, lanes)), jnp.zeros_like(rows), results)
+    results = lax.while_loop(lambda c: jnp.any(c[0][:-1] < count), trip, carry)[-1]
     return jax.vmap(solution_of)(results)
 
 
