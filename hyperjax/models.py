@@ -288,7 +288,7 @@ def misfit(loss: str, residual: Float[Array, " pixel"], problem: Problem) -> Mis
     valid = problem.weight > 0
     pixels = _total(valid.astype(chi2.dtype))
     freedom = jnp.maximum(pixels - jnp.sum(problem.free), 1)
-    rigidity = _total(jnp.where(valid, slope, 0)) / pixels
+    rigidity = jnp.maximum(jnp.abs(_total(jnp.where(valid, slope, 0))), 1) / pixels  # not 0
     stiffness = _total(jnp.where(valid, weight, 0)) / pixels
     spread = _total((weight * residual) ** 2) / freedom * stiffness / rigidity**2
     return Misfit(0.5 * problem.f_scale**2 * _total(rho), chi2, spread, weight)
