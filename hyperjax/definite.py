@@ -3,7 +3,7 @@
 Many are taken at once by `jax.vmap`, and in several threads. On processors jax hands a stack of
 matrices to LAPACK in parts, on the very threads of XLA that wait for them: two programs on two
 threads then wait for each other for ever. Here LAPACK gets one matrix at a time, which it works on
-where it is called; matrices of a few rows are eliminated without it, in a third of the time.
+where it is called; matrices of a few rows are eliminated without it, in half of the time.
 """
 
 import jax

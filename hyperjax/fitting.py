@@ -59,7 +59,7 @@ PEAK, X, Y, MAJOR, MINOR, THETA = range(SHAPE)
 """Places of a source's parameters: peak, x, y, sigma_major, sigma_minor, theta."""
 
 _ORDERS = (1, 2, 4)  # that code is compiled for; lower ones hold coefficients at 0
-_BLOCKS, _DEVICE_BLOCKS = (2048, 4096), (8192, 131072)  # problems by bytes of a number, in a call
+_BLOCKS, _DEVICE_BLOCKS = (2048, 4096), (8192, 131072)  # problems in a call x bytes of a number
 _BLOCK_BYTES = 256_000_000  # of their data and weights, at most, of all threads together
 _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is not a processor
 _DEVICE_LANES = 16384  # of it, at most
@@ -67,7 +67,7 @@ _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS = 8  # that a fit takes from a fair start
 _SECOND_DAMPING = 1.0  # of the first step where the fit before was doubtful
 _LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
-_LANES = 256  # bytes of a number of each lane of a core, at most
+_LANES = 256  # of a core x bytes of a number, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
 
@@ -121,7 +121,7 @@ class FitOptions(NamedTuple):
         Whether groups of several sources are fitted once more where their optimum may be the wrong
         one: with a parameter on a bound, far from the start (more than eight steps), or none at
         all. That is from round sources of sizes in the middle of their bounds, with short first
-        steps; the better of both fits counts.
+        steps; the better of both fits counts. (Gaussians, up to 32 slots.)
     """
 
     loss: str = "linear"

@@ -103,9 +103,7 @@ def _options(double: bool) -> CompilerOptions:
     return options if double else options | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def _compiled(
-    lowered: jax.stages.Lowered, options: dict[str, bool | int | str]
-) -> jax.stages.Compiled:
+def _compiled(lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
     """Compile a program, without those options that this compiler does not know."""
     try:
         return lowered.compile(compiler_options=options)
