@@ -85,9 +85,11 @@ class GroupBatch(NamedTuple):
         (group, slot, 6) start and bounds of peak, x, y, sigma_major, sigma_minor (pixels;
         0-based pixel centres of the cutout) and theta (rad, from +x towards +y; its bounds are
         not read, and both sigmas of a source share the bounds of sigma_minor and sigma_major:
-        the lower of the first, the upper of the second).
+        the lower of the first, the upper of the second). A start outside its bounds is moved to
+        them.
     free
-        (group, slot, 6) False where a parameter is held at its start.
+        (group, slot, 6) False where a parameter is held at its start; sigma_major, sigma_minor and
+        theta of a source are held together.
     present
         (group, slot) False for slots that hold no source.
     order
@@ -119,9 +121,9 @@ class FitOptions(NamedTuple):
         When to stop, and how to begin (`hyperjax.solver.Tolerances`).
     second_start
         Whether groups of several sources are fitted once more where their optimum may be the wrong
-        one: with a parameter on a bound, far from the start (more than eight steps), or none at
-        all. That is from round sources of sizes in the middle of their bounds, with short first
-        steps; the better of both fits counts. (Gaussians, up to 32 slots.)
+        one: with a parameter on a bound, far from the start (more than eight steps), or none found
+        (SINGULAR). That is from round sources of sizes in the middle of their bounds, with short
+        first steps; the better of both fits counts. (Gaussians, up to 32 slots.)
     """
 
     loss: str = "linear"
@@ -160,7 +162,8 @@ class FitResult(NamedTuple):
         (group,) chi^2 per degree of freedom; n ln(chi^2/n) + k ln n for n pixels and k free
         parameters; weighted sum of squared residuals over that of the data about their mean.
     steps, status
-        (group,) evaluations of the model, and CONVERGED, STEP_LIMIT, SINGULAR or NO_DATA.
+        (group,) evaluations of the model, of both fits where there was a second start, and
+        CONVERGED, STEP_LIMIT, SINGULAR or NO_DATA.
     on_bound
         (group, slot, 6) parameters that ended on a bound.
     """
@@ -208,7 +211,28 @@ def fit_groups(
     Raises
     ------
     FitInputError
-        If shapes, bounds or data are inconsistent; the message names the argument.
+        If shapes, bounds, data or options are inconsistent; the message names the argument.
+
+    Examples
+    --------
+    One source on a plane, in one cutout of unit noise::
+
+        y, x = np.mgrid[:24, :24]
+        data = 20 * np.exp(-((x - 11.3) ** 2 + (y - 12.1) ** 2) / 8) + rng.normal(size=(24, 24))
+        start = np.array([15, 11, 12, 1.7, 1.7, 0])
+        spread = np.array([15, 2, 2, 1, 1, 0])
+        batch = GroupBatch(
+            data=data[None],
+            weight=np.ones((1, 24, 24)),
+            start=start[None, None],
+            lower=(start - spread)[None, None],
+            upper=(start + spread)[None, None],
+            free=np.ones((1, 1, 6), bool),
+            present=np.ones((1, 1), bool),
+            order=np.array([1]),
+        )
+        fit = fit_groups(batch)
+        fit.params[0, 0], np.sqrt(np.diagonal(fit.covariance[0]))[:6]
     """
     batch = _validated(batch, options)
     _, ny, nx = batch.data.shape
@@ -407,6 +431,7 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     """The batch as numpy arrays of consistent shape and one floating dtype."""
     arrays = GroupBatch(*(np.asarray(leaf) for leaf in batch))
     check_shapes(arrays, options)
+    arrays = arrays._replace(free=arrays.free.astype(bool), present=arrays.present.astype(bool))
     dtype = np.result_type(arrays.data.dtype, np.float32)
     floats = {
         name: np.ascontiguousarray(getattr(arrays, name), dtype)
@@ -415,7 +440,7 @@ def _validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     order = arrays.order.astype(np.int32)
     if not ((order >= -1) & (order <= _ORDERS[-1])).all():
         raise FitInputError(f"order: must be -1 (no background) to {_ORDERS[-1]}")
-    return arrays._replace(**floats, free=arrays.free.astype(bool), order=order)
+    return arrays._replace(**floats, order=order)
 
 
 def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
@@ -432,8 +457,22 @@ def check_shapes(batch: GroupBatch, options: FitOptions) -> None:
     for name, shape in shapes.items():
         if getattr(batch, name).shape != shape:
             raise FitInputError(f"{name}: expected {shape}; got {getattr(batch, name).shape}")
+    check_options(options)
+
+
+def check_options(options: FitOptions) -> None:
+    """Raise `FitInputError` if an option cannot be; the message names it."""
     if options.loss not in LOSSES:
         raise FitInputError(f"loss: {options.loss!r} is not one of {', '.join(LOSSES)}")
+    for name in ("f_scale", "damping"):
+        if not 0 < getattr(options, name) < np.inf:
+            raise FitInputError(f"{name}: must be positive; got {getattr(options, name)}")
+    for name in ("lambda_l2", "ftol", "xtol", "gtol"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < np.inf:
+            raise FitInputError(f"{name}: must not be negative; got {value}")
+    if options.max_steps < 1:
+        raise FitInputError(f"max_steps: must be at least 1; got {options.max_steps}")
 
 
 def _check_values(batch: GroupBatch) -> None:
@@ -447,8 +486,12 @@ def _check_values(batch: GroupBatch) -> None:
     if not (batch.start[there][:, MAJOR : MINOR + 1] > 0).all():
         raise FitInputError("start: sigma_major and sigma_minor must be positive")
     bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA]
-    if not bounded.all() or not (batch.lower[there][:, MINOR] > 0).all():
+    least, most = batch.lower[there][:, MINOR], batch.upper[there][:, MAJOR]
+    if not bounded.all() or not ((least > 0) & (least <= most)).all():
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
+    shape = batch.free[there][:, MAJOR:]
+    if (shape.any(1) != shape.all(1)).any():
+        raise FitInputError("free: both sigmas and theta of a source are free, or none of them")
 
 
 def _is_finite(values: np.ndarray) -> bool:
@@ -484,6 +527,8 @@ def to_problems(
     low, high = _sigma_bounds(xp, batch)
     start = xp.where(free, _feasible(xp, batch, low, high), batch.start)
     start = xp.where(there, _to_engine(xp, model.grid, start), 0)
+    lower = _bounds(xp, model.grid, batch.lower, low, -np.inf)
+    upper = _bounds(xp, model.grid, batch.upper, high, np.inf)
     degrees = np.array([sum(powers) for powers in monomials(model.order)])
     smooth = (count, len(degrees))
     edge = np.full(smooth, np.inf, dtype)
@@ -495,8 +540,8 @@ def to_problems(
         data=batch.data.reshape(count, -1),
         weight=batch.weight.reshape(count, -1),
         start=whole(start, np.zeros(smooth, dtype)),
-        lower=whole(_bounds(xp, model.grid, batch.lower, low, -np.inf), -edge),
-        upper=whole(_bounds(xp, model.grid, batch.upper, high, np.inf), edge),
+        lower=whole(xp.where(there, lower, -np.inf), -edge),
+        upper=whole(xp.where(there, upper, np.inf), edge),
         free=whole(free, degrees <= batch.order[:, None]),
         ridge=whole(
             np.zeros((count, slots * SHAPE), dtype), np.full(smooth, options.lambda_l2, dtype)

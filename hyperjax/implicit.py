@@ -1,10 +1,10 @@
 """Derivatives of fitted parameters with respect to the data, the weights and the bounds.
 
-`fit_parameters` finds the same optimum as `hyperjax.fit_groups`, inside jax's transformations. It
-is not the iterations that are differentiated but the conditions that hold at their end (the
-implicit function theorem; Blondel et al. 2022, arXiv:2105.15183): in the local coordinates q of the
-optimum (`models.Chart`) some, B, rest on their bounds b or are held, and along the others, F, the
-slope of the cost is zero. So
+`fit_parameters` finds the optimum that `hyperjax.fit_groups` finds from a single start, inside
+jax's transformations. It is not the iterations that are differentiated but the conditions that hold
+at their end (the implicit function theorem; Blondel et al. 2022, arXiv:2105.15183): in the local
+coordinates q of the optimum (`models.Chart`) some, B, rest on their bounds b or are held, and along
+the others, F, the slope of the cost is zero. So
 
     dq_B = db,    H_FF dq_F = -d(slope)_F - H_FB dq_B,
 
@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
 from hyperjax.fitting import (
@@ -44,7 +45,9 @@ def fit_parameters(
     """Fitted parameters as a differentiable function of data, weights and bounds.
 
     A pure function for `jax.jit`, `vmap`, `grad` and `jvp`, in the precision of its arguments;
-    derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes.
+    derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes. There is no
+    second start (`FitOptions.second_start`): for blends that need one, take the start from the
+    `params` of `hyperjax.fit_groups`.
 
     Parameters
     ----------
@@ -157,7 +160,7 @@ def _carried(
     _, (lower, upper) = jax.jvp(
         bounds, (problem.lower, problem.upper), (change["lower"], change["upper"])
     )
-    start = jnp.linalg.solve(chart.basis, change["start"])
+    start = _inverse(chart.basis) @ change["start"]
     at_lower = chart.value - chart.lower < chart.upper - chart.value
     bound = jnp.where(at_lower, lower, upper)
     return jnp.where(~problem.free, start, jnp.where(blocked & ~chart.frozen, bound, 0))
@@ -171,4 +174,7 @@ def _solved(
     idle = blocked | (diagonal == 0)
     scale = jnp.where(idle, 0, 1 / jnp.sqrt(jnp.where(idle, 1, diagonal)))
     scaled = hessian * scale[:, None] * scale + jnp.diag(idle.astype(hessian.dtype))
-    return scale * jnp.linalg.solve(scaled, scale * right)
+    return scale * (_inverse(scaled) @ (scale * right))
+
+
+_inverse = sequential_vmap(jnp.linalg.inv)  # one at a time: see `hyperjax.definite`

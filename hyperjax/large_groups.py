@@ -102,7 +102,9 @@ def inverse_blocks(
     root = np.where(used, 1 / np.sqrt(np.where(used, diagonal, 1)), 0)
     factor = _factor(matrix, root, np.where(used, _LEAST_PIVOT, 1))
     count = slots * SHAPE
-    blocks = np.empty((slots, SHAPE, SHAPE))
+    blocks = np.full((slots, SHAPE, SHAPE), np.nan)
+    if factor is None:
+        return blocks
     for first in range(0, count, _COLUMNS):
         columns = np.arange(first, min(first + _COLUMNS, count))
         unit = np.zeros((len(free), len(columns)))
@@ -270,16 +272,24 @@ def _damped_step(
     idle = blocked | (diagonal <= 0)
     scale = np.where(idle, 0, 1 / np.sqrt(np.where(idle, 1, diagonal)))
     factor = _factor(local.matrix, scale, np.where(idle, 1, damping))
+    if factor is None:
+        return np.full_like(local.gradient, np.nan)
     return np.asarray(scale * factor.solve(-scale * local.gradient))
 
 
 def _factor(
     matrix: sparse.csc_array, scale: Float[np.ndarray, " P"], added: Float[np.ndarray, " P"]
-) -> SuperLU:
-    """Factors of a symmetric matrix, scaled from both sides, plus a diagonal."""
+) -> SuperLU | None:
+    """Factors of a symmetric matrix, scaled from both sides, plus a diagonal; None if singular."""
     diagonal = sparse.diags_array(scale)
     whole = (diagonal @ matrix @ diagonal + sparse.diags_array(added)).tocsc()
-    return splu(whole, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    options = {"SymmetricMode": True}
+    try:
+        return splu(whole, "MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+    except RuntimeError as error:
+        if "singular" not in str(error):
+            raise
+        return None
 
 
 def _retracted(

@@ -209,7 +209,7 @@ def _summary(measured: _Measured, count: int, seconds: dict[str, float]) -> str:
     """One line for the log."""
     rms = float(np.nanmedian(measured.rms))
     width = measured.correlation.fwhm_pix
-    shared = f"correlated over {width:.1f} pixels" if width else "of independent pixels"
+    shared = f"correlated over {width:.1f} pixels" if width else "not shared by pixels"
     spectrum = (
         "with the spectrum of the noise"
         if measured.noise_model == "correlated"

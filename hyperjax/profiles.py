@@ -17,10 +17,11 @@ from hyperjax.fitting import (
     FitOptions,
     FitResult,
     GroupBatch,
+    check_options,
     in_pieces,
     solve_block,
 )
-from hyperjax.models import LOSSES, Grid, Problem, ProfileGroup, monomials
+from hyperjax.models import Grid, Problem, ProfileGroup, monomials
 from hyperjax.solver import Solution
 
 __all__ = ["fit_profiles"]
@@ -109,6 +110,7 @@ def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:
     for name, shape in wanted.items():
         if getattr(arrays, name).shape != shape:
             raise FitInputError(f"{name}: expected {shape}; got {getattr(arrays, name).shape}")
+    arrays = arrays._replace(free=arrays.free.astype(bool), present=arrays.present.astype(bool))
     if not (np.isfinite(arrays.weight).all() and (arrays.weight >= 0).all()):
         raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
     if not np.isfinite(arrays.data[arrays.weight > 0]).all():
@@ -117,8 +119,7 @@ def _checked(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         raise FitInputError("start: not finite")
     if not (arrays.lower <= arrays.upper)[arrays.present].all():
         raise FitInputError("lower, upper: need lower <= upper")
-    if options.loss not in LOSSES:
-        raise FitInputError(f"loss: {options.loss!r} is not one of {', '.join(LOSSES)}")
+    check_options(options)
     dtype = np.result_type(arrays.data.dtype, np.float32)
     floats = ("data", "weight", "start", "lower", "upper")
     return arrays._replace(**{name: getattr(arrays, name).astype(dtype) for name in floats})

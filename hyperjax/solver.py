@@ -282,8 +282,8 @@ def solve_lanes(
     """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
-    zeros. What a lane loads, carries and writes is packed in few arrays: each array is a call of its
-    own. A lane whose problem has ended has its steps set to 0: it begins with the next one.
+    zeros. What a lane loads, carries and writes is packed in few arrays: each is a call of its own.
+    A lane whose problem has ended has its steps set to 0: it begins with the next one.
     """
     size = problems.data.shape[0]
     count = jnp.asarray(size) if count is None else count

@@ -16,9 +16,11 @@ from hyperjax.definite import inverse_over_free, solve_definite
 TWO_AT_A_TIME = """
 import sys
 from pathlib import Path
+import jax
 import numpy as np
 from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
-from hyperjax.runtime import configure_runtime
+from hyperjax.implicit import fit_parameters
+from hyperjax.runtime import at_once, configure_runtime
 
 configure_runtime(threads=2, cache=Path(sys.argv[1]))
 rng = np.random.default_rng(0)
@@ -35,6 +37,21 @@ batch = GroupBatch(
 )
 for _ in range(4):
     assert np.isfinite(fit_groups(batch, FitOptions(max_steps=8)).cost).all()
+
+few = GroupBatch(*(leaf[:64] for leaf in batch))
+options = FitOptions(max_steps=8)
+
+def total(data):
+    return fit_parameters(few._replace(data=data), options)[0][..., 0].sum()
+
+slope = jax.jit(jax.grad(total))
+slope(few.data).block_until_ready()
+
+def slopes(_):
+    for _ in range(5):
+        slope(few.data).block_until_ready()
+
+at_once(slopes, range(2), 2)
 """
 
 

@@ -452,6 +452,63 @@ def test_bad_values_name_the_argument() -> None:
         fit_groups(batch, FitOptions(loss="square"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("f_scale", 0.0), ("f_scale", -1.0), ("lambda_l2", -1.0), ("ftol", float("nan"))),
+        *(("max_steps", 0), ("damping", 0.0)),
+    ],
+)
+def test_bad_options_are_named(name: str, value: float) -> None:
+    batch, _ = make_batch(2)
+    with pytest.raises(FitInputError, match=f"^{name}"):
+        fit_groups(batch, FitOptions(**{name: value}))
+
+
+def test_sizes_and_angle_are_held_together() -> None:
+    batch, _ = make_batch(2)
+    free = np.array(batch.free)
+    free[..., THETA] = False
+    with pytest.raises(FitInputError, match=r"^free"):
+        fit_groups(batch._replace(free=free))
+
+
+def test_bounds_of_sizes_exclude_each_other() -> None:
+    batch, _ = make_batch(2)
+    lower, upper = batch.lower.copy(), batch.upper.copy()
+    lower[..., MINOR], upper[..., MINOR] = 3.0, 4.0
+    upper[..., MAJOR] = 2.0
+    with pytest.raises(FitInputError, match=r"^lower, upper"):
+        fit_groups(batch._replace(lower=lower, upper=upper))
+
+
+def test_empty_slots_may_hold_anything_and_masks_may_be_integers() -> None:
+    batch, _ = make_batch(4)
+    usual = fit_groups(batch)
+    empty = ~batch.present
+    changed = {name: np.array(getattr(batch, name)) for name in ("start", "lower", "upper")}
+    for values in changed.values():
+        values[empty] = np.nan
+    masks = {name: getattr(batch, name).astype(int) for name in ("free", "present")}
+    odd = fit_groups(batch._replace(**changed, **masks))
+    assert_array_equal(odd.params[batch.present], usual.params[batch.present])
+    assert_array_equal(odd.status, usual.status)
+
+
+def test_of_two_starts_the_better_fit_counts() -> None:
+    """Whichever it is: of many faint blends from poor starts each is the better one for some."""
+    batch, _ = make_batch(800, seed=11, snr=(3, 5), poor=True)
+    blends = GroupBatch(*(leaf[1::2] for leaf in batch))
+    middle = blends.start.copy()
+    middle[..., MAJOR:THETA] = np.sqrt(2) * SIGMA
+    once = fit_groups(blends, FitOptions(second_start=False))
+    other = fit_groups(blends._replace(start=middle), FitOptions(second_start=False, damping=1.0))
+    both = fit_groups(blends)
+    assert (both.cost <= once.cost).all()
+    assert (once.cost < other.cost * (1 - 1e-4)).any()
+    assert (other.cost < once.cost * (1 - 1e-4)).any()
+
+
 def test_more_problems_than_a_block() -> None:
     batch, _ = make_batch(12, seed=13)
     many = GroupBatch(*(np.concatenate([leaf] * 90) for leaf in batch))  # 1080 > 2 * 512

@@ -174,3 +174,15 @@ def test_steps_and_bad_values_of_large_groups() -> None:
     batch.data[0, 3, 3] = np.nan
     with pytest.raises(FitInputError, match="data: not finite"):
         fit_groups(batch)
+
+
+def test_a_singular_matrix_is_a_failed_step() -> None:
+    """Two sources in one place, their sizes without bound, in noise alone: nothing is raised."""
+    batch, _ = grid_of_sources(6)
+    start, upper = batch.start.copy(), batch.upper.copy()
+    start[0, 1] = start[0, 0]
+    upper[..., 3:5] = np.inf
+    noise = np.random.default_rng(1).normal(size=batch.data.shape)
+    fit = fit_groups(batch._replace(data=noise, start=start, upper=upper), FitOptions(max_steps=40))
+    assert np.isfinite(fit.params).all()
+    assert np.isfinite(fit.cost).all()
