@@ -24,7 +24,7 @@ from hyperjax.detection import (
     least_filter_size,
     shoulder_score,
 )
-from hyperjax.errors import BlankMapError, ConfigError
+from hyperjax.errors import BlankMapError, ConfigError, RmsMapError
 from hyperjax.forced import Placed, given_sources, place
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
@@ -101,7 +101,10 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     map
         A map (`hyperjax.read_map`).
     config
-        The options; the defaults suit a map in a unit and with a beam that its header knows.
+        The options; the defaults suit a map in a unit and with a beam that its header knows. A
+        map of the noise that does not go with the map, or is not positive, is not used: a warning
+        and the catalogue's metadata (`rms_map_not_used`) say why, and pixels are fitted
+        (`noise.model: white`).
 
     Returns
     -------
@@ -116,11 +119,9 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         If the map has no noise, so that no signal-to-noise ratio can be had.
     MissingFileError, ConfigError
         If the table of sources, where the options name one, is not there or is none.
-    RmsMapError
-        If the map of the noise, where the options name one, does not go with the map.
     """
     seconds: dict[str, float] = {}
-    map = with_rms_map(map, config)
+    map, config, unusable = _with_noise(map, config)
     given = given_sources(config, map.frame)
     placed = None if given is None else place(given, map)
     measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
@@ -156,6 +157,8 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         covariances = measured.covariances(rows) if config.fit_options.calc_covar else None
         catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
         catalog.meta["noise_model"] = measured.noise_model
+        if unusable is not None:
+            catalog.meta["rms_map_not_used"] = unusable
         catalog.meta["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
     if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
@@ -175,6 +178,21 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         separate=measured.separate,
         covariances=covariances,
     )
+
+
+def _with_noise(map: Map, config: Config) -> tuple[Map, Config, str | None]:
+    """The map with the noise that is given; without it, as white, and why, if it cannot be used."""
+    try:
+        return with_rms_map(map, config), config, None
+    except RmsMapError as error:
+        logger.warning(
+            "%s; it is not used: the noise is measured on the map and taken as independent from "
+            "pixel to pixel (noise.model = white)",
+            error,
+        )
+        measured = {"rms_map": None, "rms_hdu": None, "rms_kind": "rms", "model": "white"}
+        noise = config.noise.model_copy(update=measured)
+        return map, config.model_copy(update={"noise": noise}), str(error)
 
 
 @dataclass(frozen=True, eq=False)

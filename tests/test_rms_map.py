@@ -284,21 +284,47 @@ def broken(sky: Sky, name: str) -> Path:
         ("grid", "3 pixels off"),
         ("zeros", "zero or negative in 15500 pixels"),
         ("negative", "zero or negative in 1 pixels"),
-        ("unit", "furlong"),
     ],
 )
-def test_a_bad_file_is_refused_in_one_line(sky: Sky, name: str, words: str) -> None:
+def test_noise_that_does_not_go_with_the_map_is_not_used(
+    sky: Sky, name: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning, the fit of pixels, and the reason in the table's metadata."""
     path = broken(sky, name)
-    with pytest.raises(HyperjaxError, match=words) as error:
+    with caplog.at_level("WARNING"):
+        result = extract(sky.image, with_noise(path, "auto"))
+    (said,) = [record.getMessage() for record in caplog.records if words in record.getMessage()]
+    assert str(path) in said
+    assert "not used" in said
+    assert result.catalog.meta["noise_model"] == "white"
+    assert words in result.catalog.meta["rms_map_not_used"]
+    plain = extract(sky.image, Config(noise={"model": "white"}))
+    assert_allclose(result.catalog["FLUX_TOTAL"], plain.catalog["FLUX_TOTAL"])
+    assert "rms_map_not_used" not in plain.catalog.meta
+
+
+def test_a_run_with_noise_that_is_not_used_says_so(sky: Sky) -> None:
+    path = broken(sky, "zeros")
+    out = ["-o", str(sky.folder / "out_zeros"), "--rms-map", str(path)]
+    told = CliRunner().invoke(app, ["run", str(sky.folder / "sky.fits"), *out])
+    assert told.exit_code == 0
+    assert "zero or negative in 15500 pixels" in told.stderr
+    assert "white" in told.stdout
+    table = QTable.read(sky.folder / "out_zeros/params/params_sky.ecsv")
+    assert "zero or negative" in table.meta["rms_map_not_used"]
+
+
+def test_a_bad_file_is_refused_in_one_line(sky: Sky) -> None:
+    path = broken(sky, "unit")
+    with pytest.raises(HyperjaxError, match="furlong") as error:
         extract(sky.image, with_noise(path, "auto"))
     assert str(path) in str(error.value)
-    assert isinstance(error.value, RmsMapError) == (name != "unit")
     out = ["-o", str(sky.folder / "out"), "--rms-map", str(path)]
     told = CliRunner().invoke(app, ["run", str(sky.folder / "sky.fits"), *out])
     assert told.exit_code == 3
     (line,) = told.stderr.splitlines()
     assert line.startswith("error: ")
-    assert words in line
+    assert "furlong" in line
 
 
 def test_a_file_that_is_not_there_is_named(sky: Sky) -> None:
