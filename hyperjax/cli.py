@@ -316,7 +316,7 @@ def run(
     }
     with _errors_in_one_line(debug):
         options, paths = _inputs(maps or [], config, given)
-        if not quiet:
+        if not quiet and not sources:  # given sources are fitted pixel by pixel
             _notes_of_noise(options)
         result = _run(paths, options, verbose, quiet, debug)
         if not quiet:

@@ -662,15 +662,18 @@ def _in_processes(
 
 
 def _end(processes: Iterable[ProcessPoolExecutor], interrupted: Set[BaseProcess]) -> None:
-    """End processes that are idle; those that work get a moment to remove temporary files."""
+    """End processes that are idle; those that work get a moment to remove temporary files.
+
+    The threads that watch them are waited for: Python's own end would wake them while they close.
+    """
     for child in interrupted:
         child.terminate()
-    for process in processes:
-        process.shutdown(wait=not interrupted, cancel_futures=True)
     for child in interrupted:
         child.join(_LAST_SECONDS)
         child.kill()
         child.join()
+    for process in processes:
+        process.shutdown(cancel_futures=True)
 
 
 def _new_process() -> ProcessPoolExecutor:
