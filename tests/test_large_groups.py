@@ -7,13 +7,15 @@ problems, those of that file.
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import sparse
 from test_fitting import PEAK, SLOTS, THETA, make_batch
 
-from hyperjax import fitting
+from hyperjax import fitting, large_groups
 from hyperjax.errors import FitInputError
 from hyperjax.fitting import (
     CONVERGED,
@@ -176,13 +178,24 @@ def test_steps_and_bad_values_of_large_groups() -> None:
         fit_groups(batch)
 
 
-def test_a_singular_matrix_is_a_failed_step() -> None:
-    """Two sources in one place, their sizes without bound, in noise alone: nothing is raised."""
-    batch, _ = grid_of_sources(6)
-    start, upper = batch.start.copy(), batch.upper.copy()
-    start[0, 1] = start[0, 0]
-    upper[..., 3:5] = np.inf
-    noise = np.random.default_rng(1).normal(size=batch.data.shape)
-    fit = fit_groups(batch._replace(data=noise, start=start, upper=upper), FitOptions(max_steps=40))
-    assert np.isfinite(fit.params).all()
-    assert np.isfinite(fit.cost).all()
+def test_a_singular_matrix_has_no_factors() -> None:
+    ones = sparse.csc_array(np.ones((2, 2)))
+    assert large_groups._factor(ones, np.ones(2), np.zeros(2)) is None
+    assert large_groups._factor(ones, np.ones(2), np.ones(2)) is not None
+
+
+def test_a_singular_matrix_is_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group whose first matrix has no factors goes on with more damping, to the same end."""
+    batch, _ = grid_of_sources(36)
+    usual = fit_groups(batch)
+    factor, calls = large_groups._factor, []
+
+    def none_at_first(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return None if len(calls) == 1 else factor(*arguments)
+
+    monkeypatch.setattr(large_groups, "_factor", none_at_first)
+    fit = fit_groups(batch)
+    assert fit.steps[0] > usual.steps[0]
+    assert fit.status[0] == CONVERGED
+    assert_allclose(fit.cost, usual.cost, rtol=1e-6)
