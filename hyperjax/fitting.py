@@ -66,7 +66,6 @@ _DEVICE_LANES = 16384  # of it, at most
 _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS = 8  # that a fit takes from a fair start
 _SECOND_DAMPING = 1.0  # of the first step where the fit before was doubtful
-_LEAST_SHARE = 128  # slots of a thread: fewer leave too many lanes empty
 _LANES = 256  # of a core x bytes of a number, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
@@ -354,20 +353,23 @@ def in_pieces(
     it on a device and reads the result, so that little more than the batch is in memory.
     """
     dtype = batch.data.dtype
-    sizes = block_sizes(model, dtype)
+    sizes, lanes = block_sizes(model, dtype), lanes_for(model, dtype)
     return fit_with_others(
-        (model, options, dtype), functools.partial(_in_pieces, fit, sizes), batch
+        (model, options, dtype), functools.partial(_in_pieces, fit, sizes, lanes), batch
     )
 
 
 def _in_pieces(
-    fit: Callable[[GroupBatch, jax.Device], FitResult], sizes: list[int], batch: GroupBatch
+    fit: Callable[[GroupBatch, jax.Device], FitResult],
+    sizes: list[int],
+    lanes: int,
+    batch: GroupBatch,
 ) -> FitResult:
     devices = jax.local_devices()
     threads = fit_threads(len(devices))
     count = len(batch.data)
     size = next((size for size in sizes if size * threads >= count), sizes[-1])
-    shares = min(threads, max(count * batch.start.shape[1] // _LEAST_SHARE, 1))
+    shares = min(threads, max(count // lanes, 1))
     size = min(size, -(-count // shares))
     pieces = [
         GroupBatch(*(leaf[first : first + size] for leaf in batch))

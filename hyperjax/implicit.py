@@ -29,7 +29,8 @@ from hyperjax.fitting import (
     tolerances_of,
 )
 from hyperjax.models import Chart, GaussianGroup, Grid, Model, Problem
-from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes
+from hyperjax.parts import in_turns
+from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes, stacked
 
 __all__ = ["fit_parameters"]
 
@@ -95,8 +96,10 @@ def fit_parameters(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def optimum(model: Model, problems: Problem, tolerances: Tolerances) -> Float[Array, "group P"]:
     """The parameters at the optimum of each problem (leading axis)."""
-    lanes, every = lanes_for(model, problems.data.dtype), jnp.asarray(len(problems.data))
-    return solve_lanes(model, problems, tolerances, lanes, every).params
+    lanes = lanes_for(model, problems.data.dtype)
+    ready = in_turns(lambda problem: stacked(model.prepare(problem)), problems, lanes)
+    solutions = solve_lanes(model, ready, tolerances, lanes)
+    return jax.vmap(solutions.unpack)(solutions.arrays).params
 
 
 @optimum.defjvp

@@ -14,20 +14,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import export
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from hyperjax.definite import inverse_over_free
 from hyperjax.errors import OutputError
 from hyperjax.files import atomic_path
 from hyperjax.models import CompilerOptions, GaussianGroup, Model, Normal, Problem, Scale
-from hyperjax.solver import Solution, Tolerances, solve_lanes
+from hyperjax.parts import Packed, apart, in_turns, packed
+from hyperjax.solver import NO_DATA, Solution, Tolerances, solve_lanes, stacked
 
 logger = logging.getLogger(__name__)
 
-_TRACED = ("models", "spectral", "definite", "solver", "kernels")
+_TRACED = ("parts", "models", "spectral", "definite", "solver", "kernels")
 _making = threading.Lock()
 _DIGEST = hashlib.sha256().digest_size
 _SOLVED = jax.tree.structure((Solution(0, Normal(0, 0, 0, 0, 0), 0, 0), Scale(0, 0, 0, 0)))
@@ -64,6 +66,7 @@ def solve_on(
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
+        leaves = jax.block_until_ready(jax.device_put(leaves, device))
         return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 
@@ -118,28 +121,28 @@ def _compiled(lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stag
 
 def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
     problems, tolerances, count = jax.tree.unflatten(kind.structure, leaves)
-    problems, scale = lax.optimization_barrier(jax.vmap(kind.model.scaled)(problems))
-    solution = solve_lanes(kind.model, problems, tolerances, kind.lanes, count)
-    inverse = _inverses(solution.normal.matrix, problems.free, kind.lanes, count)
-    solution = solution._replace(normal=solution.normal._replace(matrix=inverse))
+    model, lanes = kind.model, kind.lanes
+
+    def ready(problem: Problem) -> tuple[Packed[Problem], Packed[Scale]]:
+        scaled, scale = model.scaled(problem)
+        return stacked(model.prepare(scaled)), packed(scale)
+
+    def solved(arrays: Any, tolerances: Tolerances, count: Int[Array, ""]) -> Packed[Solution]:
+        return solve_lanes(model, Packed(arrays, scaled.unpack), tolerances, lanes, count)
+
+    def inverted(row: tuple[Array, Array, Array]) -> Array:
+        free, solution, scale = row[0], solutions.unpack(row[1]), scales.unpack(row[2])
+        inverse = inverse_over_free(solution.normal.matrix, free)
+        status = jnp.where(scale.pixels > 0, solution.status, NO_DATA)
+        normal = solution.normal._replace(matrix=inverse)
+        return packed(solution._replace(normal=normal, status=status)).arrays
+
+    scaled, scales = in_turns(ready, problems, lanes, count)
+    solutions = apart(solved)(scaled.arrays, tolerances, count)
+    rows = in_turns(inverted, (problems.free, solutions.arrays, scales.arrays), lanes, count)
+    solution = apart(jax.vmap(solutions.unpack))(rows)
+    scale = apart(jax.vmap(scales.unpack))(scales.arrays)
     return jax.tree.leaves((solution, scale))
-
-
-def _inverses(
-    matrices: Float[Array, "problem P P"],
-    free: Bool[Array, "problem P"],
-    lanes: int,
-    count: Int[Array, ""],
-) -> Float[Array, "problem P P"]:
-    """`inverse_over_free` of the first `count` matrices, `lanes` at a time; the others stay."""
-    lanes = min(lanes, len(matrices))
-
-    def some(part: Int[Array, ""], done: Float[Array, "problem P P"]) -> Array:
-        these = (lax.dynamic_slice_in_dim(all_, part * lanes, lanes) for all_ in (matrices, free))
-        inverses = jax.vmap(inverse_over_free)(*these)
-        return lax.dynamic_update_slice_in_dim(done, inverses, part * lanes, 0)
-
-    return lax.fori_loop(0, (count + lanes - 1) // lanes, some, matrices)
 
 
 def _kept(path: Path) -> export.Exported | None:

@@ -6,18 +6,18 @@ next one, so that the work is the sum of the problems' iterations and not the sl
 `hyperjax.least_squares` offers the same iteration as an optimistix solver.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from hyperjax.definite import solve_definite
 from hyperjax.models import Chart, Normal, Objective, Problem
+from hyperjax.parts import Packed, apart, packed
 
 RUNNING, CONVERGED, STEP_LIMIT, SINGULAR, NO_DATA = range(5)
 """How a problem stands: still running; at its optimum; out of steps; no descent found, though not
@@ -61,8 +61,8 @@ class State(NamedTuple):
     """Where the iteration of one problem stands."""
 
     params: Float[Array, " P"]
-    normal: Normal
     candidate: Float[Array, " P"]
+    normal: Normal
     predicted: Float[Array, ""]
     decrement: Float[Array, ""]
     damping: Float[Array, ""]
@@ -90,17 +90,16 @@ def begin(model: Objective, problem: Problem, tolerances: Tolerances) -> State:
         jnp.zeros(size, dtype),
         jnp.zeros((size, size), dtype),
     )
-    usable = jnp.any(problem.weight > 0)
     return State(
         params=problem.start,
-        normal=nowhere,
         candidate=problem.start,
+        normal=nowhere,
         predicted=jnp.ones((), dtype),
         decrement=jnp.zeros((), dtype),
         damping=jnp.asarray(tolerances.damping, dtype),
         growth=jnp.asarray(2.0, dtype),
         steps=jnp.zeros((), jnp.int32),
-        status=jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32),
+        status=jnp.asarray(RUNNING, jnp.int32),
     )
 
 
@@ -115,39 +114,79 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     The step that the tolerances find small enough to stop is still taken, but not evaluated:
     `normal` stays that of the point before it.
     """
-    trial = model.normal(state.candidate, problem)
+    trial = apart(functools.partial(_trial, model))(problem, state)
+    state, better = apart(judged)(state, trial)
+    here = apart(functools.partial(_here, model))(state, problem)
+    step = apart(damped_step)(here.local, here.blocked, state.damping)
+    return apart(functools.partial(_proposed, model))(problem, state, here, step, better, tolerances)
+
+
+def _trial(model: Objective, problem: Problem, state: State) -> Normal:
+    return model.normal(state.candidate, problem)
+
+
+def judged(state: State, trial: Normal) -> tuple[State, Bool[Array, ""]]:
+    """The state at the better of its point and the candidate, and whether that is the candidate.
+
+    `trial` is the candidate's evaluation.
+    """
     gain = (state.normal.cost - trial.cost) / state.predicted
     first = state.steps == 0
     better = first | ((trial.cost < state.normal.cost) & jnp.isfinite(trial.cost))
-    params = jnp.where(better, state.candidate, state.params)
-    normal = jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.normal)
     damping, growth = next_damping(state.damping, state.growth, gain, better, first)
+    state = state._replace(
+        params=jnp.where(better, state.candidate, state.params),
+        normal=jax.tree.map(lambda new, old: jnp.where(better, new, old), trial, state.normal),
+        damping=damping,
+        growth=growth,
+        steps=state.steps + 1,
+    )
+    return state, better
 
-    chart = model.chart(params, normal.gradient, problem)
-    local = to_local(normal, chart)
-    diagonal = jnp.diagonal(local.matrix)
-    blocked = blocked_by_bounds(problem, chart, local.gradient)
-    step = damped_step(local, blocked, damping)
+
+class _Here(NamedTuple):
+    """The point of a state in the coordinates of its chart; `blocked` ones do not move."""
+
+    chart: Chart
+    local: Normal
+    blocked: Bool[Array, " P"]
+
+
+def _here(model: Objective, state: State, problem: Problem) -> _Here:
+    chart = model.chart(state.params, state.normal.gradient, problem)
+    local = to_local(state.normal, chart)
+    return _Here(chart, local, blocked_by_bounds(problem, chart, local.gradient))
+
+
+def _proposed(
+    model: Objective,
+    problem: Problem,
+    state: State,
+    here: _Here,
+    step: Float[Array, " P"],
+    better: Bool[Array, ""],
+    tolerances: Tolerances,
+) -> State:
+    """The state with its next candidate, or at its end."""
+    chart, local, blocked = here
     clipped = jnp.clip(step, chart.lower - chart.value, chart.upper - chart.value)
     clipped = jnp.where(blocked, 0, clipped)
     predicted = -(local.gradient @ clipped + 0.5 * clipped @ local.matrix @ clipped)
 
-    steps = state.steps + 1
-    decrement = newton_decrement(local, blocked, step, damping)
+    decrement = newton_decrement(local, blocked, step, state.damping)
     left = still_to_gain(decrement, state.decrement, better)
-    at_optimum = converged(params, local, diagonal, blocked, step, damping, left, tolerances)
-    status = standing(at_optimum, damping, steps, tolerances)
-    candidate = model.retract(params, chart, clipped, problem)
+    diagonal = jnp.diagonal(local.matrix)
+    at_optimum = converged(
+        state.params, local, diagonal, blocked, step, state.damping, left, tolerances
+    )
+    status = standing(at_optimum, state.damping, state.steps, tolerances)
+    candidate = model.retract(state.params, chart, clipped, problem)
     last = (status == CONVERGED) & (predicted > 0)
-    return State(
-        params=jnp.where(last, candidate, params),
-        normal=normal,
+    return state._replace(
+        params=jnp.where(last, candidate, state.params),
         candidate=candidate,
         predicted=jnp.where(predicted > 0, predicted, jnp.abs(predicted) + 1e-30),
         decrement=jnp.where(better, decrement, state.decrement),
-        damping=damping,
-        growth=growth,
-        steps=steps,
         status=status.astype(jnp.int32),
     )
 
@@ -261,114 +300,72 @@ def converged(
     )
 
 
-def solve_one(model: Objective, problem: Problem, tolerances: Tolerances) -> Solution:
-    """Iterate one problem to its end."""
-    problem = model.prepare(problem)
-    last = lax.while_loop(
-        lambda state: state.status == RUNNING,
-        lambda state: advance(model, problem, state, tolerances),
-        begin(model, problem, tolerances),
-    )
-    return _solution(last)
-
-
 def solve_lanes(
     model: Objective,
-    problems: Problem,
+    problems: Packed[Problem],
     tolerances: Tolerances,
     lanes: int,
     count: Int[Array, ""] | None = None,
-) -> Solution:
-    """Iterate a stack of problems (leading axis) to their ends, `lanes` at a time.
+) -> Packed[Solution]:
+    """Iterate a stack of prepared problems (`stacked`) to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
-    zeros. What a lane loads, carries and writes is packed in few arrays: each is a call of its own.
-    A lane whose problem has ended has its steps set to 0: it begins with the next one.
+    zeros. A lane whose problem has ended has its steps set to 0: it begins with the next one. What
+    lanes load, carry and write is packed: each array is an operation of its own.
     """
-    size = problems.data.shape[0]
+    size = len(problems.arrays[0])
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
-    problems = jax.vmap(model.prepare)(problems)
-    stack, unpacked = _packed(problems)
-    first = np.arange(lanes)
+    one = problems.unpack(jax.tree.map(lambda leaf: leaf[0], problems.arrays))
+    blank = packed(begin(model, one, tolerances))
+    begun = blank.arrays[2 * model.size :]  # after params and candidate
+    empty = packed(_solution(blank.unpack(blank.arrays)))
 
-    def load(index: Int[Array, " lane"]) -> tuple[Problem, Int[Array, " lane"]]:
-        rows = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), stack)
-        return jax.vmap(unpacked)(rows)
+    def load(
+        index: Int[Array, " lane"], states: Float[Array, "lane value"]
+    ) -> tuple[Any, Float[Array, "lane value"]]:
+        arrays = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), problems.arrays)
+        start = jax.vmap(problems.unpack)(arrays).start
+        first = jnp.concatenate([start, start, jnp.tile(begun, (lanes, 1))], 1)
+        fresh = jax.vmap(blank.unpack)(states).steps == 0
+        return arrays, jnp.where(fresh[:, None], first, states)
 
-    blank = jax.eval_shape(lambda: jax.vmap(lambda p: begin(model, p, tolerances))(load(first)[0]))
-    blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), blank)
-    rows, state_of = _rows(blank)
-    results, solution_of = _rows(_solution(blank))
-
-    def trip(carry):  # type: ignore[no-untyped-def]
-        places, rows, results = carry
-        index, following = places[:-1], places[-1]  # of the lanes' problems; of the next to load
-        problem, status = load(index)
-        state = jax.vmap(state_of)(rows)
-        begun = jax.vmap(lambda p: begin(model, p, tolerances))(problem)
-        begun = begun._replace(normal=state.normal, status=status)  # normal: of no account yet
-        state = _select(state.steps == 0, begun, state)
-        state = jax.vmap(lambda p, s: _onward(model, p, s, tolerances))(problem, state)
+    def store(places, state, results):  # type: ignore[no-untyped-def]
+        index, following = places[:-1], places[-1]
         ended = (state.status != RUNNING) & (index < count)
         slot = jnp.where(ended, index, size)
-        results = results.at[slot].set(_rows(_solution(state))[0], mode="drop")
+        solutions = jax.vmap(lambda state: packed(_solution(state)).arrays)(state)
+        results = results.at[slot].set(solutions, mode="drop")
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
         places = jnp.append(index, following + jnp.sum(ended)).astype(places.dtype)
         state = state._replace(steps=jnp.where(ended, 0, state.steps))
-        return places, _rows(state)[0], results
+        return places, jax.vmap(lambda state: packed(state).arrays)(state), results
 
-    results = jnp.zeros((size, results.shape[1]), results.dtype)
-    carry = (jnp.asarray(np.append(first, lanes)), jnp.zeros_like(rows), results)
+    def trip(carry):  # type: ignore[no-untyped-def]
+        places, states, results = carry  # of the lanes' problems, and the next to load
+        arrays, states = apart(load)(places[:-1], states)
+        problem, state = Packed(arrays, problems.unpack), Packed(states, blank.unpack)
+        state = jax.vmap(lambda p, s: advance(model, p, s, tolerances))(problem, state)
+        return apart(store)(places, state, results)
+
+    carry = (
+        jnp.arange(lanes + 1),
+        jnp.zeros((lanes, len(blank.arrays)), blank.arrays.dtype),
+        jnp.zeros((size, len(empty.arrays)), empty.arrays.dtype),
+    )
     results = lax.while_loop(lambda c: jnp.any(c[0][:-1] < count), trip, carry)[-1]
-    return jax.vmap(solution_of)(results)
+    return Packed(results, empty.unpack)
 
 
-def _onward(model: Objective, problem: Problem, state: State, tolerances: Tolerances) -> State:
-    """One iteration of a problem that runs; one without data stays as it is."""
-    moved = advance(model, problem, state, tolerances)
-    runs = state.status == RUNNING
-    return moved._replace(
-        params=jnp.where(runs, moved.params, state.params),
-        normal=moved.normal._replace(cost=jnp.where(runs, moved.normal.cost, jnp.inf)),
-        steps=jnp.where(runs, moved.steps, state.steps),
-        status=jnp.where(runs, moved.status, state.status),
-    )
+def stacked(problem: Problem) -> Packed[Problem]:
+    """A problem in three arrays; a stack of them is what `solve_lanes` takes."""
+    rest = packed(problem._replace(data=(), weight=()))
 
+    def unpack(arrays: tuple[Array, Array, Array]) -> Problem:
+        data, weight, values = arrays
+        return rest.unpack(values)._replace(data=data, weight=weight)
 
-class _Stack(NamedTuple):
-    """Problems as lanes load them; `rest` is all but the pixels, and the status at the begin."""
-
-    data: Float[Array, "problem pixel"]
-    weight: Float[Array, "problem pixel"]
-    rest: Float[Array, "problem value"]
-
-
-def _packed(
-    problems: Problem,
-) -> tuple[_Stack, Callable[[_Stack], tuple[Problem, Int[Array, ""]]]]:
-    """The problems as a stack, and what makes a problem and its first status of a row of it."""
-    usable = jnp.any(problems.weight > 0, axis=1)
-    status = jnp.where(usable, RUNNING, NO_DATA).astype(jnp.int32)
-    rest, rest_of = _rows((problems._replace(data=(), weight=()), status))
-
-    def unpacked(row: _Stack) -> tuple[Problem, Int[Array, ""]]:
-        problem, status = rest_of(row.rest)
-        return problem._replace(data=row.data, weight=row.weight), status
-
-    return _Stack(problems.data, problems.weight, rest), unpacked
-
-
-def _select(mask: Bool[Array, " lane"], new: State, old: State) -> State:
-    return jax.tree.map(
-        lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
-    )
-
-
-def _rows(stack: Any) -> tuple[Float[Array, "row value"], Callable[[Array], Any]]:
-    """A stack (leading axis) of trees of arrays as rows of one type, and the tree of a row."""
-    rows = jax.vmap(lambda tree: ravel_pytree(tree)[0])(stack)
-    return rows, ravel_pytree(jax.tree.map(lambda leaf: leaf[0], stack))[1]
+    return Packed((problem.data, problem.weight, rest.arrays), unpack)
 
 
 def _solution(state: State) -> Solution:
