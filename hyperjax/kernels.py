@@ -66,7 +66,8 @@ def solve_on(
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
-        leaves = jax.block_until_ready(jax.device_put(leaves, device))
+        leaves = jax.device_put(leaves, device)
+        for l in leaves: l.block_until_ready()
         return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 

@@ -77,7 +77,7 @@ def configure_runtime(threads: int | None = None, cache: Path | None = None) -> 
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
         cache or Path(user_cache_dir("hyperjax")) / "jax"
     )
-    os.environ.setdefault("NPROC", str(threads or usable_cores()))
+    os.environ.setdefault("NPROC", "1")
     threadpool_limits(1, user_api="blas")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_compilation_cache_dir", folder)
