@@ -29,8 +29,8 @@ from hyperjax.fitting import (
     tolerances_of,
 )
 from hyperjax.models import Chart, GaussianGroup, Grid, Model, Problem
-from hyperjax.parts import in_turns
-from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes, stacked
+from hyperjax.parts import in_turns, packed
+from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes
 
 __all__ = ["fit_parameters"]
 
@@ -97,7 +97,7 @@ def fit_parameters(
 def optimum(model: Model, problems: Problem, tolerances: Tolerances) -> Float[Array, "group P"]:
     """The parameters at the optimum of each problem (leading axis)."""
     lanes = lanes_for(model, problems.data.dtype)
-    ready = in_turns(lambda problem: stacked(model.prepare(problem)), problems, lanes)
+    ready = in_turns(lambda problem: packed(model.prepare(problem)), problems, lanes)
     solutions = solve_lanes(model, ready, tolerances, lanes)
     return jax.vmap(solutions.unpack)(solutions.arrays).params
 

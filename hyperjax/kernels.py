@@ -25,7 +25,7 @@ from hyperjax.errors import OutputError
 from hyperjax.files import atomic_path
 from hyperjax.models import CompilerOptions, GaussianGroup, Model, Normal, Problem, Scale
 from hyperjax.parts import Packed, apart, in_turns, packed
-from hyperjax.solver import NO_DATA, Solution, Tolerances, solve_lanes, stacked
+from hyperjax.solver import NO_DATA, Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +66,8 @@ def solve_on(
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
-        leaves = jax.device_put(leaves, device)
-        for l in leaves: l.block_until_ready()
-        return jax.tree.unflatten(_SOLVED, solve(*leaves))
+        there = jax.block_until_ready(jax.device_put(leaves, device))
+        return jax.tree.unflatten(_SOLVED, solve(*there))
 
 
 @functools.cache
@@ -126,7 +125,7 @@ def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
 
     def ready(problem: Problem) -> tuple[Packed[Problem], Packed[Scale]]:
         scaled, scale = model.scaled(problem)
-        return stacked(model.prepare(scaled)), packed(scale)
+        return packed(model.prepare(scaled)), packed(scale)
 
     def solved(arrays: Any, tolerances: Tolerances, count: Int[Array, ""]) -> Packed[Solution]:
         return solve_lanes(model, Packed(arrays, scaled.unpack), tolerances, lanes, count)

@@ -307,16 +307,16 @@ def solve_lanes(
     lanes: int,
     count: Int[Array, ""] | None = None,
 ) -> Packed[Solution]:
-    """Iterate a stack of prepared problems (`stacked`) to their ends, `lanes` at a time.
+    """Iterate a stack of prepared problems (each packed) to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
     zeros. A lane whose problem has ended has its steps set to 0: it begins with the next one. What
     lanes load, carry and write is packed: each array is an operation of its own.
     """
-    size = len(problems.arrays[0])
+    size = len(problems.arrays)
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
-    one = problems.unpack(jax.tree.map(lambda leaf: leaf[0], problems.arrays))
+    one = problems.unpack(problems.arrays[0])
     blank = packed(begin(model, one, tolerances))
     begun = blank.arrays[2 * model.size :]  # after params and candidate
     empty = packed(_solution(blank.unpack(blank.arrays)))
@@ -324,7 +324,7 @@ def solve_lanes(
     def load(
         index: Int[Array, " lane"], states: Float[Array, "lane value"]
     ) -> tuple[Any, Float[Array, "lane value"]]:
-        arrays = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), problems.arrays)
+        arrays = problems.arrays.at[index].get(mode="clip")
         start = jax.vmap(problems.unpack)(arrays).start
         first = jnp.concatenate([start, start, jnp.tile(begun, (lanes, 1))], 1)
         fresh = jax.vmap(blank.unpack)(states).steps == 0
@@ -355,17 +355,6 @@ def solve_lanes(
     )
     results = lax.while_loop(lambda c: jnp.any(c[0][:-1] < count), trip, carry)[-1]
     return Packed(results, empty.unpack)
-
-
-def stacked(problem: Problem) -> Packed[Problem]:
-    """A problem in three arrays; a stack of them is what `solve_lanes` takes."""
-    rest = packed(problem._replace(data=(), weight=()))
-
-    def unpack(arrays: tuple[Array, Array, Array]) -> Problem:
-        data, weight, values = arrays
-        return rest.unpack(values)._replace(data=data, weight=weight)
-
-    return Packed((problem.data, problem.weight, rest.arrays), unpack)
 
 
 def _solution(state: State) -> Solution:
