@@ -65,7 +65,7 @@ _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is no
 _DEVICE_LANES = 16384  # of it, at most
 _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS = 8  # that a fit takes from a fair start
-_SECOND_DAMPING = 1.0  # of the first step where the fit before was doubtful
+_OTHER_DAMPING = 1.0  # of the first step where the fit before was doubtful
 _LANES = 256  # of a core x bytes of a number, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
@@ -118,11 +118,12 @@ class FitOptions(NamedTuple):
         L2 penalty on the polynomial's coefficients (noise units over a cutout scaled to [-1, 1]).
     ftol, xtol, gtol, max_steps, damping
         When to stop, and how to begin (`hyperjax.solver.Tolerances`).
-    second_start
-        Whether groups of several sources are fitted once more where their optimum may be the wrong
+    other_starts
+        Whether groups of several sources are fitted twice more where their optimum may be the wrong
         one: with a parameter on a bound, far from the start (more than eight steps), or none found
-        (SINGULAR). That is from round sources of sizes in the middle of their bounds, with short
-        first steps; the better of both fits counts. (Gaussians, up to 32 slots.)
+        (SINGULAR). That is from round sources of sizes in the middle of their bounds, then with
+        their positions on the other side of their starts too, with short first steps; the best fit
+        counts. (Gaussians, up to 32 slots.)
     """
 
     loss: str = "linear"
@@ -133,7 +134,7 @@ class FitOptions(NamedTuple):
     gtol: float = 0.0
     max_steps: int = 200
     damping: float = FIRST_DAMPING
-    second_start: bool = True
+    other_starts: bool = True
 
 
 class FitResult(NamedTuple):
@@ -161,7 +162,7 @@ class FitResult(NamedTuple):
         (group,) chi^2 per degree of freedom; n ln(chi^2/n) + k ln n for n pixels and k free
         parameters; weighted sum of squared residuals over that of the data about their mean.
     steps, status
-        (group,) evaluations of the model, of both fits where there was a second start, and
+        (group,) evaluations of the model, of all fits where there were other starts, and
         CONVERGED, STEP_LIMIT, SINGULAR or NO_DATA.
     on_bound
         (group, slot, 6) parameters that ended on a bound.
@@ -243,42 +244,59 @@ def fit_groups(
         return _large(model, options, batch)
 
     def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
-        _check_values(piece)
-        return _fitted(model, options, piece, device)
+        _check_parameters(piece)
+        fits = _fitted(model, options, piece, device)
+        if not np.isfinite(fits.cost).all():
+            _check_pixels(piece)
+        return fits
 
     result = in_pieces(fit, batch, model, options)
-    return _better_of_two(model, options, batch, result) if options.second_start else result
+    return _best_of_starts(model, options, batch, result) if options.other_starts else result
 
 
-def _better_of_two(
+def _best_of_starts(
     model: GaussianGroup, options: FitOptions, batch: GroupBatch, result: FitResult
 ) -> FitResult:
     """The result, with doubtful fits of several sources replaced by better ones from elsewhere."""
     odd = result.on_bound.any((1, 2)) | (result.steps > _FEW_STEPS)
     doubtful = (result.status == SINGULAR) | ((result.status == CONVERGED) & odd)
-    start = _in_the_middle(batch)
-    elsewhere = (start != batch.start).any((1, 2))
-    again = np.flatnonzero(doubtful & elsewhere & (batch.present.sum(1) > 1))
+    moves = batch.present & batch.free[..., X:].any(-1)
+    again = np.flatnonzero(doubtful & (batch.present.sum(1) > 1) & moves.any(1))
     if not again.size:
         return result
-    some = GroupBatch(*(leaf[again] for leaf in batch._replace(start=start)))
-    fit = functools.partial(_fitted, model, options._replace(damping=_SECOND_DAMPING))
-    second = in_pieces(fit, some, model, options._replace(damping=_SECOND_DAMPING))
-    first = FitResult(*(leaf[again] for leaf in result))
-    better = (second.status == CONVERGED) & ~(first.cost <= second.cost)
-    for whole, old, new in zip(result, first, second, strict=True):
-        whole[again] = np.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-    result.steps[again] = first.steps + second.steps
+    some = GroupBatch(*(leaf[again] for leaf in batch))
+    best = FitResult(*(leaf[again] for leaf in result))
+    options = options._replace(damping=_OTHER_DAMPING)
+    for start in (_in_the_middle, _on_the_other_side):
+        fit = functools.partial(_fitted, model, options)
+        other = in_pieces(fit, some._replace(start=start(some, best)), model, options)
+        better = (other.status == CONVERGED) & ~(best.cost <= other.cost)
+        steps = best.steps + other.steps
+        best = jax.tree.map(
+            lambda new, old: np.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old),  # noqa: B023
+            other,
+            best,
+        )._replace(steps=steps)
+    for whole, new in zip(result, best, strict=True):
+        whole[again] = new
     return result
 
 
-def _in_the_middle(batch: GroupBatch) -> np.ndarray:
+def _in_the_middle(batch: GroupBatch, _: FitResult) -> np.ndarray:
     """Starts (group, slot, 6) with the sizes that are free in the middle of their bounds, round."""
     middle = np.sqrt(batch.lower[..., MINOR] * batch.upper[..., MAJOR])
     known = batch.present & np.isfinite(middle) & (middle > 0)
     moves = known[..., None] & batch.free & (np.arange(SHAPE) >= MAJOR)
     shape = np.where(np.arange(SHAPE) == THETA, 0, middle[..., None])
     return np.where(moves, shape, batch.start)
+
+
+def _on_the_other_side(batch: GroupBatch, result: FitResult) -> np.ndarray:
+    """Those of `_in_the_middle`, each position as far beyond the start as it was fitted before."""
+    place = (np.arange(SHAPE) == X) | (np.arange(SHAPE) == Y)
+    moves = place & batch.free & batch.present[..., None]
+    opposite = 2 * batch.start - result.params
+    return np.where(moves, opposite, _in_the_middle(batch, result))
 
 
 def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()) -> FitResult:  # noqa: B008
@@ -303,7 +321,8 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
 
 def _large(model: GaussianGroup, options: FitOptions, batch: GroupBatch) -> FitResult:
     """The fits of groups of any number of sources, one by one (`hyperjax.large_groups`)."""
-    _check_values(batch)
+    _check_parameters(batch)
+    _check_pixels(batch)
 
     def fit(row: int) -> FitResult:
         one = GroupBatch(*(leaf[row : row + 1] for leaf in batch))
@@ -477,11 +496,18 @@ def check_options(options: FitOptions) -> None:
         raise FitInputError(f"max_steps: must be at least 1; got {options.max_steps}")
 
 
-def _check_values(batch: GroupBatch) -> None:
-    if not (batch.weight.min() >= 0 and batch.weight.max() < np.inf):
+def _check_pixels(batch: GroupBatch) -> None:
+    """Raise `FitInputError` if a pixel cannot be fitted: it gives a cost that is not finite."""
+    if not batch.weight.max() < np.inf:
         raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
-    if not (_is_finite(batch.data) or _is_finite(np.where(batch.weight > 0, batch.data, 0))):
+    if not np.isfinite(np.where(batch.weight > 0, batch.data, 0)).all():
         raise FitInputError("data: not finite under a positive weight; set the weight to 0 there")
+
+
+def _check_parameters(batch: GroupBatch) -> None:
+    """Raise `FitInputError` if a weight is not positive, or starts or bounds cannot be."""
+    if not batch.weight.min() >= 0:
+        raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
     there = batch.present
     if not np.isfinite(batch.start[there]).all():
         raise FitInputError("start: not finite")
@@ -494,11 +520,6 @@ def _check_values(batch: GroupBatch) -> None:
     shape = batch.free[there][:, MAJOR:]
     if (shape.any(1) != shape.all(1)).any():
         raise FitInputError("free: both sigmas and theta of a source are free, or none of them")
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    """Whether all are finite, and so are the least and the largest."""
-    return bool(values.min() > -np.inf and values.max() < np.inf)
 
 
 def lanes_for(model: Model, dtype: Any) -> int:
@@ -569,6 +590,7 @@ def _to_results(
     noise = scale.weight * scale.unit**2
     freedom = np.sum(free, 1)
     chi2 = solution.normal.chi2 * noise
+    chi2 = np.where(scale.pixels > 0, chi2, np.nan)  # nothing is known without data
     n = np.maximum(scale.pixels, 1).astype(chi2.dtype)
     tiny = np.finfo(chi2.dtype).tiny
     spread = 1 / noise if model.loss == "linear" else solution.normal.spread
@@ -576,10 +598,10 @@ def _to_results(
         params=params,
         coefficients=coefficients,
         covariance=inverse * spread.reshape(-1, *[1] * (inverse.ndim - 1)),
-        cost=solution.normal.cost * noise,
+        cost=np.where(scale.pixels > 0, solution.normal.cost * noise, np.nan),
         chi2_red=chi2 / np.maximum(scale.pixels - freedom, 1),
         bic=n * np.log(np.maximum(chi2, tiny) / n) + freedom * np.log(n),
-        nmse=solution.normal.chi2 / n,
+        nmse=chi2 / noise / n,
         steps=solution.steps,
         status=solution.status,
         on_bound=_on_bound(batch, params, model.grid),

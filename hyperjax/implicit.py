@@ -47,7 +47,7 @@ def fit_parameters(
 
     A pure function for `jax.jit`, `vmap`, `grad` and `jvp`, in the precision of its arguments;
     derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes. There is no
-    second start (`FitOptions.second_start`): for blends that need one, take the start from the
+    second start (`FitOptions.other_starts`): for blends that need one, take the start from the
     `params` of `hyperjax.fit_groups`.
 
     Parameters
@@ -99,7 +99,7 @@ def optimum(model: Model, problems: Problem, tolerances: Tolerances) -> Float[Ar
     lanes = lanes_for(model, problems.data.dtype)
     ready = in_turns(lambda problem: packed(model.prepare(problem)), problems, lanes)
     solutions = solve_lanes(model, ready, tolerances, lanes)
-    return jax.vmap(solutions.unpack)(solutions.arrays).params
+    return jax.vmap(solutions.unpack)(solutions.values).params
 
 
 @optimum.defjvp

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from hyperjax.definite import inverse_over_free
 from hyperjax.errors import OutputError
@@ -66,7 +66,7 @@ def solve_on(
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
-        there = jax.block_until_ready(jax.device_put(leaves, device))
+        there = jax.block_until_ready(jax.device_put(leaves, device))  # or it runs in XLA's pool
         return jax.tree.unflatten(_SOLVED, solve(*there))
 
 
@@ -127,21 +127,27 @@ def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
         scaled, scale = model.scaled(problem)
         return packed(model.prepare(scaled)), packed(scale)
 
-    def solved(arrays: Any, tolerances: Tolerances, count: Int[Array, ""]) -> Packed[Solution]:
-        return solve_lanes(model, Packed(arrays, scaled.unpack), tolerances, lanes, count)
+    def solved(
+        values: Float[Array, "problem value"], tolerances: Tolerances, count: Int[Array, ""]
+    ) -> Packed[Solution]:
+        return solve_lanes(model, Packed(values, scaled.unpack), tolerances, lanes, count)
 
-    def inverted(row: tuple[Array, Array, Array]) -> Array:
+    def finished(row: tuple[Array, Array, Array]) -> Array:
         free, solution, scale = row[0], solutions.unpack(row[1]), scales.unpack(row[2])
+        usable = scale.pixels > 0
         inverse = inverse_over_free(solution.normal.matrix, free)
-        status = jnp.where(scale.pixels > 0, solution.status, NO_DATA)
-        normal = solution.normal._replace(matrix=inverse)
-        return packed(solution._replace(normal=normal, status=status)).arrays
+        solution = solution._replace(
+            normal=solution.normal._replace(matrix=inverse),
+            steps=jnp.where(usable, solution.steps, 0),
+            status=jnp.where(usable, solution.status, NO_DATA),
+        )
+        return packed(solution).values
 
     scaled, scales = in_turns(ready, problems, lanes, count)
-    solutions = apart(solved)(scaled.arrays, tolerances, count)
-    rows = in_turns(inverted, (problems.free, solutions.arrays, scales.arrays), lanes, count)
+    solutions = apart(solved)(scaled.values, tolerances, count)
+    rows = in_turns(finished, (problems.free, solutions.values, scales.values), lanes, count)
     solution = apart(jax.vmap(solutions.unpack))(rows)
-    scale = apart(jax.vmap(scales.unpack))(scales.arrays)
+    scale = apart(jax.vmap(scales.unpack))(scales.values)
     return jax.tree.leaves((solution, scale))
 
 

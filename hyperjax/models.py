@@ -262,13 +262,10 @@ class Model(Objective):
     def background(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The polynomial alone on the pixels."""
         coefficients = params[self.slots * self.per_source :]
-        if self.order > 1:
+        if self.order != 1:
             return self.grid.vandermonde(self.order, params.dtype) @ coefficients
         x, y = self.grid.pixels(params.dtype)
-        return sum(
-            (c * x**a * y**b for c, (a, b) in zip(coefficients, monomials(self.order), strict=True)),
-            jnp.zeros_like(x),
-        )
+        return coefficients[0] + coefficients[1] * x + coefficients[2] * y  # faster than a product
 
     def _sources(self, params: Float[Array, " P"]) -> Float[Array, "slot k"]:
         count = self.slots * self.per_source

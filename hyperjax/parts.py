@@ -2,9 +2,9 @@
 
 XLA takes the operations of a program, or of the body of a loop, from a queue of those that are
 ready, and as soon as more than eight wait there it hands half of them to threads of its own pool.
-Fits use the cores otherwise: each thread solves its own block of problems. Threads that wait for
-each other's operations lost a quarter of their time. A function that is kept `apart` has a queue of
-its own, short where the function is short; arguments that are `Packed` keep it so.
+So it does with copies of megabytes. Fits use the cores otherwise: each thread solves its own block
+of problems, and lost a quarter of its time where it waited for the pool. A function that is kept
+`apart` has a queue of its own, short where the function is short; `Packed` arguments keep it so.
 """
 
 import functools
@@ -17,24 +17,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["unpack"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["unpack"])
 @dataclass(frozen=True)
 class Packed(Generic[T]):
-    """A tree of arrays in few of them, as `unpack` takes them; so is a stack of such trees."""
+    """A tree of arrays in a single one, which `unpack` takes apart; or a stack of them, in rows."""
 
-    arrays: Any
-    unpack: Callable[[Any], T]
+    values: Float[Array, "*row value"]
+    unpack: Callable[[Float[Array, " value"]], T]
 
 
 def packed(tree: T) -> Packed[T]:
-    """A tree of arrays in a single one, of the type that holds them all."""
+    """A tree of arrays in one, of the type that holds them all."""
     return Packed(*ravel_pytree(tree))
 
 
@@ -62,8 +60,8 @@ def in_turns(
 ) -> T:
     """What a function of one row gives for each row of a stack (leading axis), some `at_once`.
 
-    So the arrays between its steps stay small. Only the first `count` rows are taken (all, unless
-    given); the others come back as zeros.
+    So the arrays between its steps stay in the cache. Only the turns that reach the first `count`
+    rows are taken (all, unless given); the other rows come back as zeros.
     """
     size = len(jax.tree.leaves(rows)[0])
     count = jnp.asarray(size) if count is None else count
@@ -90,4 +88,4 @@ def in_turns(
 
 
 def _unpacked(argument: Any) -> Any:
-    return argument.unpack(argument.arrays) if isinstance(argument, Packed) else argument
+    return argument.unpack(argument.values) if isinstance(argument, Packed) else argument

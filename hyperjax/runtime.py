@@ -53,10 +53,10 @@ def fit_threads(devices: int) -> int:
 def configure_runtime(threads: int | None = None, cache: Path | None = None) -> None:
     """Set jax up for a process of its own; best before the first computation.
 
-    One process uses all cores: fits and transforms are divided over threads, and XLA's own pool
-    gets as many (the environment variable NPROC, unless it is set). BLAS and LAPACK work in the
-    thread that calls them: threads of their own wait busily between small matrices, where fits want
-    to work. Memory that is freed stays with the process.
+    One process uses all cores: fits and transforms are divided over threads. What they call works
+    in the thread that calls it: XLA's own pool gets a single thread (the environment variable
+    NPROC, unless it is set; `hyperjax.parts`), and BLAS and LAPACK, whose threads wait busily
+    between small matrices, none. Memory that is freed stays with the process.
 
     Parameters
     ----------

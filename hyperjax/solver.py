@@ -7,8 +7,7 @@ next one, so that the work is the sum of the problems' iterations and not the sl
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,12 @@ def begin(model: Objective, problem: Problem, tolerances: Tolerances) -> State:
     )
 
 
-def advance(model: Objective, problem: Problem, state: State, tolerances: Tolerances) -> State:
+def advance(
+    model: Objective,
+    problem: Problem | Packed[Problem],
+    state: State | Packed[State],
+    tolerances: Tolerances,
+) -> State:
     """One iteration: evaluate the candidate, keep it if it is better, propose the next.
 
     Steps are damped by lambda times the diagonal of the Gauss-Newton matrix (Marquardt 1963),
@@ -118,7 +122,9 @@ def advance(model: Objective, problem: Problem, state: State, tolerances: Tolera
     state, better = apart(judged)(state, trial)
     here = apart(functools.partial(_here, model))(state, problem)
     step = apart(damped_step)(here.local, here.blocked, state.damping)
-    return apart(functools.partial(_proposed, model))(problem, state, here, step, better, tolerances)
+    return apart(functools.partial(_proposed, model))(
+        problem, state, here, step, better, tolerances
+    )
 
 
 def _trial(model: Objective, problem: Problem, state: State) -> Normal:
@@ -313,45 +319,45 @@ def solve_lanes(
     zeros. A lane whose problem has ended has its steps set to 0: it begins with the next one. What
     lanes load, carry and write is packed: each array is an operation of its own.
     """
-    size = len(problems.arrays)
+    size = len(problems.values)
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
-    one = problems.unpack(problems.arrays[0])
+    one = problems.unpack(problems.values[0])
     blank = packed(begin(model, one, tolerances))
-    begun = blank.arrays[2 * model.size :]  # after params and candidate
-    empty = packed(_solution(blank.unpack(blank.arrays)))
+    begun = blank.values[2 * model.size :]  # after params and candidate
+    empty = packed(_solution(blank.unpack(blank.values)))
 
     def load(
         index: Int[Array, " lane"], states: Float[Array, "lane value"]
-    ) -> tuple[Any, Float[Array, "lane value"]]:
-        arrays = problems.arrays.at[index].get(mode="clip")
-        start = jax.vmap(problems.unpack)(arrays).start
+    ) -> tuple[Float[Array, "lane value"], Float[Array, "lane value"]]:
+        loaded = problems.values.at[index].get(mode="clip")
+        start = jax.vmap(problems.unpack)(loaded).start
         first = jnp.concatenate([start, start, jnp.tile(begun, (lanes, 1))], 1)
         fresh = jax.vmap(blank.unpack)(states).steps == 0
-        return arrays, jnp.where(fresh[:, None], first, states)
+        return loaded, jnp.where(fresh[:, None], first, states)
 
     def store(places, state, results):  # type: ignore[no-untyped-def]
         index, following = places[:-1], places[-1]
         ended = (state.status != RUNNING) & (index < count)
         slot = jnp.where(ended, index, size)
-        solutions = jax.vmap(lambda state: packed(_solution(state)).arrays)(state)
+        solutions = jax.vmap(lambda state: packed(_solution(state)).values)(state)
         results = results.at[slot].set(solutions, mode="drop")
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
         places = jnp.append(index, following + jnp.sum(ended)).astype(places.dtype)
         state = state._replace(steps=jnp.where(ended, 0, state.steps))
-        return places, jax.vmap(lambda state: packed(state).arrays)(state), results
+        return places, jax.vmap(lambda state: packed(state).values)(state), results
 
     def trip(carry):  # type: ignore[no-untyped-def]
         places, states, results = carry  # of the lanes' problems, and the next to load
-        arrays, states = apart(load)(places[:-1], states)
-        problem, state = Packed(arrays, problems.unpack), Packed(states, blank.unpack)
+        loaded, states = apart(load)(places[:-1], states)
+        problem, state = Packed(loaded, problems.unpack), Packed(states, blank.unpack)
         state = jax.vmap(lambda p, s: advance(model, p, s, tolerances))(problem, state)
         return apart(store)(places, state, results)
 
     carry = (
         jnp.arange(lanes + 1),
-        jnp.zeros((lanes, len(blank.arrays)), blank.arrays.dtype),
-        jnp.zeros((size, len(empty.arrays)), empty.arrays.dtype),
+        jnp.zeros((lanes, len(blank.values)), blank.values.dtype),
+        jnp.zeros((size, len(empty.values)), empty.values.dtype),
     )
     results = lax.while_loop(lambda c: jnp.any(c[0][:-1] < count), trip, carry)[-1]
     return Packed(results, empty.unpack)

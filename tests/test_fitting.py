@@ -174,7 +174,7 @@ def test_keeps_the_bounds_exactly() -> None:
 def test_whatever_ends_on_a_bound_is_told(ftol: float | None) -> None:
     """Also what the last step, which is not evaluated, has put there: with a loose tolerance."""
     batch, _ = make_batch(600, seed=6, snr=(3, 8))
-    fit = fit_groups(batch, FitOptions(ftol=ftol, second_start=False))
+    fit = fit_groups(batch, FitOptions(ftol=ftol, other_starts=False))
     sizes, bound = (values[batch.present][:, MAJOR:THETA] for values in (fit.params, fit.on_bound))
     ends = (sizes <= SIGMA * (1 + 1e-12)) | (sizes >= 2 * SIGMA * (1 - 1e-12))
     assert (ends.sum(axis=0) > 20).all()
@@ -223,7 +223,8 @@ def test_data_without_noise_are_fitted_exactly(dtype: type, digits: float, facto
     unit = np.array([factor, 1, 1, 1, 1, 1])
     changed = {k: getattr(batch, k) * unit for k in ("start", "lower", "upper")}
     changed |= {"data": np.array(data) * factor, "weight": batch.weight / factor**2}
-    fit = fit_groups(batch._replace(**{k: v.astype(dtype) for k, v in changed.items()}))
+    batch = batch._replace(**{k: v.astype(dtype) for k, v in changed.items()})
+    fit = fit_groups(batch, FitOptions(other_starts=False))
     assert (fit.status == CONVERGED).all()
     assert fit.steps.max() < 30
     off = (fit.params / unit - truth)[batch.present][:, :THETA]
@@ -357,6 +358,9 @@ def test_a_group_without_data_leaves_the_others_alone() -> None:
     others = np.arange(6) != 2
     assert_array_equal(fit.params[others], whole.params[others])
     assert np.isfinite(fit.params).all()
+    for name in ("cost", "chi2_red", "bic", "nmse"):
+        assert np.array_equal(np.isnan(getattr(fit, name)), ~others), name
+    assert_array_equal(fit.steps, np.where(others, whole.steps, 0))
 
 
 def test_a_second_start_leaves_the_wrong_minimum() -> None:
@@ -383,7 +387,7 @@ def test_a_second_start_leaves_the_wrong_minimum() -> None:
         order=np.ones(1, int),
     )
     batch = GroupBatch(*(np.concatenate(pair) for pair in zip(easy, hard, strict=True)))
-    once, twice = fit_groups(batch, FitOptions(second_start=False)), fit_groups(batch)
+    once, twice = fit_groups(batch, FitOptions(other_starts=False)), fit_groups(batch)
     best = scipy_cost(hard, 0, FitOptions(), truth)
     assert once.on_bound[-1].any()
     assert once.cost[-1] > best + 10
@@ -495,14 +499,14 @@ def test_empty_slots_may_hold_anything_and_masks_may_be_integers() -> None:
     assert_array_equal(odd.status, usual.status)
 
 
-def test_of_two_starts_the_better_fit_counts() -> None:
+def test_of_several_starts_the_best_fit_counts() -> None:
     """Whichever it is: of many faint blends from poor starts each is the better one for some."""
     batch, _ = make_batch(800, seed=11, snr=(3, 5), poor=True)
     blends = GroupBatch(*(leaf[1::2] for leaf in batch))
     middle = blends.start.copy()
     middle[..., MAJOR:THETA] = np.sqrt(2) * SIGMA
-    once = fit_groups(blends, FitOptions(second_start=False))
-    other = fit_groups(blends._replace(start=middle), FitOptions(second_start=False, damping=1.0))
+    once = fit_groups(blends, FitOptions(other_starts=False))
+    other = fit_groups(blends._replace(start=middle), FitOptions(other_starts=False, damping=1.0))
     both = fit_groups(blends)
     assert (both.cost <= once.cost).all()
     assert (once.cost < other.cost * (1 - 1e-4)).any()
