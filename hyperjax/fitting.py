@@ -66,6 +66,7 @@ _DEVICE_LANES = 16384  # of it, at most
 _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS = 8  # that a fit takes from a fair start
 _OTHER_DAMPING = 1.0  # of the first step where the fit before was doubtful
+_ALIGNMENT = 64  # bytes, of arrays that jax does not copy
 _LANES = 256  # of a core x bytes of a number, at most
 _MOST_SLOTS = 32  # that are solved in lanes, with dense matrices
 _LANE_BYTES = 2_500_000  # working set of the lanes of one core: it should fit the cache
@@ -406,22 +407,26 @@ def solve_block(
     dtype, count = problems.data.dtype, len(problems.data)
     size = next(size for size in block_sizes(model, dtype) if size >= count)
 
-    def padded(leaf: np.ndarray) -> np.ndarray:
-        if count == size:
-            return leaf
-        out = np.zeros((size, *leaf.shape[1:]), leaf.dtype)
-        out[:count] = leaf
-        return out
-
     solved = solve_on(
         device,
         model,
         lanes_for(model, dtype),
-        jax.tree.map(padded, problems),
+        jax.tree.map(lambda leaf: _in_rows(leaf, size), problems),
         tolerances_of(options, problems.data[0].size, dtype),
         np.asarray(count, np.int32),
     )
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], solved)
+
+
+def _in_rows(leaf: np.ndarray, size: int) -> np.ndarray:
+    """The array in one of `size` rows, zeros beyond its own, that jax uses where it is."""
+    shape, count = (size, *leaf.shape[1:]), len(leaf)
+    length = leaf.itemsize * int(np.prod(shape))
+    memory = np.empty(length + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    out = memory[first : first + length].view(leaf.dtype).reshape(shape)
+    out[:count], out[count:] = leaf, 0
+    return out
 
 
 def block_sizes(model: Model, dtype: Any) -> list[int]:

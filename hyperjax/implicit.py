@@ -29,7 +29,7 @@ from hyperjax.fitting import (
     tolerances_of,
 )
 from hyperjax.models import Chart, GaussianGroup, Grid, Model, Problem
-from hyperjax.parts import in_turns, packed
+from hyperjax.parts import Packed
 from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes
 
 __all__ = ["fit_parameters"]
@@ -86,7 +86,8 @@ def fit_parameters(
     _, ny, nx = batch.data.shape
     model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest_order, options.loss)
     problems = jax.tree.map(jnp.asarray, to_problems(jnp, model, batch, options))
-    problems, scale = jax.vmap(model.scaled)(problems)
+    scale = jax.vmap(model.scale)(problems)
+    problems = jax.vmap(model.scaled)(problems, scale)
     exact = 0.0 if options.ftol is None else options.ftol
     tolerances = tolerances_of(options._replace(ftol=exact), ny * nx, batch.data.dtype)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
@@ -97,9 +98,9 @@ def fit_parameters(
 def optimum(model: Model, problems: Problem, tolerances: Tolerances) -> Float[Array, "group P"]:
     """The parameters at the optimum of each problem (leading axis)."""
     lanes = lanes_for(model, problems.data.dtype)
-    ready = in_turns(lambda problem: packed(model.prepare(problem)), problems, lanes)
+    ready = Packed(jax.vmap(model.prepare)(problems), lambda problem: problem)
     solutions = solve_lanes(model, ready, tolerances, lanes)
-    return jax.vmap(solutions.unpack)(solutions.values).params
+    return jax.vmap(solutions.unpack)(solutions.arrays).params
 
 
 @optimum.defjvp

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from hyperjax.definite import inverse_over_free
 from hyperjax.errors import OutputError
@@ -56,6 +56,9 @@ def solve_on(
 ) -> tuple[Solution, Scale]:
     """Solve a stack of problems on one device, several of them in as many threads.
 
+    Arrays that are aligned to 64 bytes are used where they are. XLA copies the others in a thread
+    of its own, where the solution is then waited for.
+
     They are brought to the model's own units (`Model.scaled`), in which the solutions are. The
     first `count` are solved (`solver.solve_lanes`). In the place of the matrix of the normal
     equations is its inverse over the free parameters.
@@ -66,8 +69,7 @@ def solve_on(
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
             solve = _program(_Kind(model, lanes, double, specs, structure, device))
-        there = jax.block_until_ready(jax.device_put(leaves, device))  # or it runs in XLA's pool
-        return jax.tree.unflatten(_SOLVED, solve(*there))
+        return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 
 @functools.cache
@@ -124,13 +126,18 @@ def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
     model, lanes = kind.model, kind.lanes
 
     def ready(problem: Problem) -> tuple[Packed[Problem], Packed[Scale]]:
-        scaled, scale = model.scaled(problem)
-        return packed(model.prepare(scaled)), packed(scale)
+        scale = model.scale(problem)
+        scaled = model.prepare(model.scaled(problem, scale))
+        return packed(scaled._replace(data=(), weight=())), packed(scale)
 
-    def solved(
-        values: Float[Array, "problem value"], tolerances: Tolerances, count: Int[Array, ""]
-    ) -> Packed[Solution]:
-        return solve_lanes(model, Packed(values, scaled.unpack), tolerances, lanes, count)
+    def problem_of(row: tuple[Array, Array, Array, Array]) -> Problem:
+        data, weight, *packs = row
+        rest, scale = rests.unpack(packs[0]), scales.unpack(packs[1])
+        pixels = model.scaled(rest._replace(data=data, weight=weight), scale)
+        return rest._replace(data=pixels.data, weight=pixels.weight)
+
+    def solved(rows: Any, tolerances: Tolerances, count: Int[Array, ""]) -> Packed[Solution]:
+        return solve_lanes(model, Packed(rows, problem_of), tolerances, lanes, count)
 
     def finished(row: tuple[Array, Array, Array]) -> Array:
         free, solution, scale = row[0], solutions.unpack(row[1]), scales.unpack(row[2])
@@ -141,13 +148,14 @@ def _solve(kind: _Kind, *leaves: Array) -> list[Array]:
             steps=jnp.where(usable, solution.steps, 0),
             status=jnp.where(usable, solution.status, NO_DATA),
         )
-        return packed(solution).values
+        return packed(solution).arrays
 
-    scaled, scales = in_turns(ready, problems, lanes, count)
-    solutions = apart(solved)(scaled.values, tolerances, count)
-    rows = in_turns(finished, (problems.free, solutions.values, scales.values), lanes, count)
-    solution = apart(jax.vmap(solutions.unpack))(rows)
-    scale = apart(jax.vmap(scales.unpack))(scales.values)
+    rests, scales = in_turns(ready, problems, lanes, count)
+    rows = (problems.data, problems.weight, rests.arrays, scales.arrays)
+    solutions = apart(solved)(rows, tolerances, count)
+    results = in_turns(finished, (problems.free, solutions.arrays, scales.arrays), lanes, count)
+    solution = apart(jax.vmap(solutions.unpack))(results)
+    scale = apart(jax.vmap(scales.unpack))(scales.arrays)
     return jax.tree.leaves((solution, scale))
 
 

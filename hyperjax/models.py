@@ -249,10 +249,14 @@ class Model(Objective):
     def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The model on the pixels."""
 
-    def scaled(self, problem: Problem) -> tuple[Problem, Scale]:
-        """The problem in the units that the solver works in; here those that it is in."""
+    def scale(self, problem: Problem) -> Scale:
+        """The units that the solver works in; here those that the problem is in."""
         zero, one = jnp.zeros_like(problem.f_scale), jnp.ones_like(problem.f_scale)
-        return problem, Scale(zero, one, one, jnp.sum(problem.weight > 0))
+        return Scale(zero, one, one, jnp.sum(problem.weight > 0))
+
+    def scaled(self, problem: Problem, scale: Scale) -> Problem:
+        """The problem in the units of `scale`; here as it is."""
+        return problem
 
     def cost(self, params: Float[Array, " P"], problem: Problem) -> Float[Array, ""]:
         """The cost alone, with derivatives of any order."""
@@ -465,11 +469,10 @@ class GaussianGroup(Model):
         sources = self._sources(params)
         return sources[:, 0] @ self._unit_gaussians(sources) + self.background(params)
 
-    def scaled(self, problem: Problem) -> tuple[Problem, Scale]:
-        """The problem with data of unit scale about their mean, and weights of mean 1.
+    def scale(self, problem: Problem) -> Scale:
+        """Units in which data are of unit scale about their mean, and weights of mean 1.
 
-        Here alone `problem.weight` is the inverse variance itself, `problem.f_scale` is in units of
-        the noise, and data without weight may be anything. Without a background the mean stays.
+        Without a background the mean stays.
         """
         valid = problem.weight > 0
         data = jnp.where(valid, problem.data, 0)
@@ -483,15 +486,24 @@ class GaussianGroup(Model):
         unit = size * jnp.sqrt(_or_one(_total(share * (deviation / size) ** 2) / pixels))
         smooth = problem.free[self.slots * SHAPE :]
         offset = jnp.where(smooth[0], mean, 0) if smooth.size else jnp.zeros_like(mean)
-        scaled = problem._replace(
-            data=jnp.where(valid, data - offset, 0) / unit,
-            weight=jnp.where(valid, jnp.sqrt(jnp.where(valid, share, 1)), 0),
+        return Scale(offset, unit, weight, counted.astype(jnp.int32))
+
+    def scaled(self, problem: Problem, scale: Scale) -> Problem:
+        """The problem in the units of `scale`.
+
+        Here alone `problem.weight` is the inverse variance itself, `problem.f_scale` is in units of
+        the noise, and data without weight may be anything.
+        """
+        valid, unit = problem.weight > 0, scale.unit
+        share = jnp.where(valid, problem.weight, scale.weight) / scale.weight
+        return problem._replace(
+            data=jnp.where(valid, problem.data - scale.offset, 0) / unit,
+            weight=jnp.where(valid, jnp.sqrt(share), 0),
             start=self._with_peaks_over(unit, problem.start),
             lower=self._with_peaks_over(unit, problem.lower),
             upper=self._with_peaks_over(unit, problem.upper),
-            f_scale=problem.f_scale / (unit * jnp.sqrt(weight)),
+            f_scale=problem.f_scale / (unit * jnp.sqrt(scale.weight)),
         )
-        return scaled, Scale(offset, unit, weight, counted.astype(jnp.int32))
 
     def _with_peaks_over(
         self, unit: Float[Array, ""], params: Float[Array, " P"]
@@ -562,14 +574,18 @@ class GaussianGroup(Model):
         for k in range(self.slots):
             at = slice(SHAPE * k + 3, SHAPE * k + 6)
             basis = basis.at[at, at].set(blocks[k])
-        turns = slice(5, self.slots * SHAPE, SHAPE)
+        still, straight = jnp.zeros_like(frozen), jnp.zeros_like(bend)
         return Chart(
             basis=basis,
             value=self._with_shapes(params, shape),
             lower=self._with_shapes(problem.lower, jnp.stack([low, low, -endless], 1)),
             upper=self._with_shapes(problem.upper, jnp.stack([high, high, endless], 1)),
-            frozen=jnp.zeros(self.size, bool).at[turns].set(frozen),
-            bend=jnp.zeros_like(params).at[turns].set(bend),
+            frozen=self._with_shapes(
+                jnp.zeros(self.size, bool), jnp.stack([still, still, frozen], 1)
+            ),
+            bend=self._with_shapes(
+                jnp.zeros_like(params), jnp.stack([straight, straight, bend], 1)
+            ),
         )
 
     def retract(

@@ -17,22 +17,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 T = TypeVar("T")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["unpack"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["unpack"])
 @dataclass(frozen=True)
 class Packed(Generic[T]):
-    """A tree of arrays in a single one, which `unpack` takes apart; or a stack of them, in rows."""
+    """A tree in few arrays, of which `unpack` makes it; or a stack of such trees (leading axis)."""
 
-    values: Float[Array, "*row value"]
-    unpack: Callable[[Float[Array, " value"]], T]
+    arrays: Any
+    unpack: Callable[[Any], T]
 
 
 def packed(tree: T) -> Packed[T]:
-    """A tree of arrays in one, of the type that holds them all."""
+    """A tree of arrays in a single one, of the type that holds them all."""
     return Packed(*ravel_pytree(tree))
 
 
@@ -88,4 +88,4 @@ def in_turns(
 
 
 def _unpacked(argument: Any) -> Any:
-    return argument.unpack(argument.values) if isinstance(argument, Packed) else argument
+    return argument.unpack(argument.arrays) if isinstance(argument, Packed) else argument

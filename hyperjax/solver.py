@@ -7,7 +7,7 @@ next one, so that the work is the sum of the problems' iterations and not the sl
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,8 @@ def advance(
     """
     trial = apart(functools.partial(_trial, model))(problem, state)
     state, better = apart(judged)(state, trial)
-    here = apart(functools.partial(_here, model))(state, problem)
+    chart = apart(functools.partial(_chart, model))(state, problem)
+    here = apart(_here)(state, problem, chart)
     step = apart(damped_step)(here.local, here.blocked, state.damping)
     return apart(functools.partial(_proposed, model))(
         problem, state, here, step, better, tolerances
@@ -158,8 +159,11 @@ class _Here(NamedTuple):
     blocked: Bool[Array, " P"]
 
 
-def _here(model: Objective, state: State, problem: Problem) -> _Here:
-    chart = model.chart(state.params, state.normal.gradient, problem)
+def _chart(model: Objective, state: State, problem: Problem) -> Chart:
+    return model.chart(state.params, state.normal.gradient, problem)
+
+
+def _here(state: State, problem: Problem, chart: Chart) -> _Here:
     local = to_local(state.normal, chart)
     return _Here(chart, local, blocked_by_bounds(problem, chart, local.gradient))
 
@@ -313,51 +317,58 @@ def solve_lanes(
     lanes: int,
     count: Int[Array, ""] | None = None,
 ) -> Packed[Solution]:
-    """Iterate a stack of prepared problems (each packed) to their ends, `lanes` at a time.
+    """Iterate a stack of prepared problems to their ends, `lanes` at a time.
 
     Only the first `count` are solved (all, unless given); the others are padding, and come back as
     zeros. A lane whose problem has ended has its steps set to 0: it begins with the next one. What
     lanes load, carry and write is packed: each array is an operation of its own.
     """
-    size = len(problems.values)
+    size = len(jax.tree.leaves(problems.arrays)[0])
     count = jnp.asarray(size) if count is None else count
     lanes = min(lanes, size)
-    one = problems.unpack(problems.values[0])
+    one = problems.unpack(jax.tree.map(lambda leaf: leaf[0], problems.arrays))
     blank = packed(begin(model, one, tolerances))
-    begun = blank.values[2 * model.size :]  # after params and candidate
-    empty = packed(_solution(blank.unpack(blank.values)))
+    begun = blank.arrays[2 * model.size :]  # after params and candidate
+    empty = packed(_solution(blank.unpack(blank.arrays)))
+    rest_of = packed(one._replace(data=(), weight=())).unpack
+
+    def loaded_of(arrays: tuple[Array, Array, Array]) -> Problem:
+        data, weight, rest = arrays
+        return rest_of(rest)._replace(data=data, weight=weight)
 
     def load(
         index: Int[Array, " lane"], states: Float[Array, "lane value"]
-    ) -> tuple[Float[Array, "lane value"], Float[Array, "lane value"]]:
-        loaded = problems.values.at[index].get(mode="clip")
-        start = jax.vmap(problems.unpack)(loaded).start
-        first = jnp.concatenate([start, start, jnp.tile(begun, (lanes, 1))], 1)
+    ) -> tuple[Any, Float[Array, "lane value"]]:
+        rows = jax.tree.map(lambda leaf: leaf.at[index].get(mode="clip"), problems.arrays)
+        problem = jax.vmap(problems.unpack)(rows)
+        first = jnp.concatenate([problem.start, problem.start, jnp.tile(begun, (lanes, 1))], 1)
         fresh = jax.vmap(blank.unpack)(states).steps == 0
-        return loaded, jnp.where(fresh[:, None], first, states)
+        pixels = problem.data, problem.weight
+        rest = jax.vmap(packed)(problem._replace(data=(), weight=()))
+        return (*pixels, rest.arrays), jnp.where(fresh[:, None], first, states)
 
     def store(places, state, results):  # type: ignore[no-untyped-def]
         index, following = places[:-1], places[-1]
         ended = (state.status != RUNNING) & (index < count)
         slot = jnp.where(ended, index, size)
-        solutions = jax.vmap(lambda state: packed(_solution(state)).values)(state)
+        solutions = jax.vmap(lambda state: packed(_solution(state)).arrays)(state)
         results = results.at[slot].set(solutions, mode="drop")
         index = jnp.where(ended, following + jnp.cumsum(ended) - 1, index)
         places = jnp.append(index, following + jnp.sum(ended)).astype(places.dtype)
         state = state._replace(steps=jnp.where(ended, 0, state.steps))
-        return places, jax.vmap(lambda state: packed(state).values)(state), results
+        return places, jax.vmap(lambda state: packed(state).arrays)(state), results
 
     def trip(carry):  # type: ignore[no-untyped-def]
         places, states, results = carry  # of the lanes' problems, and the next to load
         loaded, states = apart(load)(places[:-1], states)
-        problem, state = Packed(loaded, problems.unpack), Packed(states, blank.unpack)
+        problem, state = Packed(loaded, loaded_of), Packed(states, blank.unpack)
         state = jax.vmap(lambda p, s: advance(model, p, s, tolerances))(problem, state)
         return apart(store)(places, state, results)
 
     carry = (
         jnp.arange(lanes + 1),
-        jnp.zeros((lanes, len(blank.values)), blank.values.dtype),
-        jnp.zeros((size, len(empty.values)), empty.values.dtype),
+        jnp.zeros((lanes, len(blank.arrays)), blank.arrays.dtype),
+        jnp.zeros((size, len(empty.arrays)), empty.arrays.dtype),
     )
     results = lax.while_loop(lambda c: jnp.any(c[0][:-1] < count), trip, carry)[-1]
     return Packed(results, empty.unpack)

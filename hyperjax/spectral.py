@@ -67,10 +67,14 @@ class SpectralGroup(GaussianGroup):
         """There are no moments of the weights alone."""
         return -1
 
-    def scaled(self, problem: Problem) -> tuple[Problem, Scale]:
-        """The problem as it is: whitened data are in units of their noise."""
+    def scale(self, problem: Problem) -> Scale:
+        """That of the problem as it is: whitened data are in units of their noise."""
         zero, one = jnp.zeros_like(problem.f_scale), jnp.ones_like(problem.f_scale)
-        return problem, Scale(zero, one, one, 2 * jnp.sum(problem.weight > 0))
+        return Scale(zero, one, one, 2 * jnp.sum(problem.weight > 0))
+
+    def scaled(self, problem: Problem, scale: Scale) -> Problem:
+        """The problem as it is."""
+        return problem
 
     def prepare(self, problem: Problem) -> Problem:
         """Nothing is computed once per problem."""

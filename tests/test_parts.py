@@ -87,7 +87,7 @@ def test_parts_are_functions_of_their_own() -> None:
 def test_packed_arguments_are_unpacked_inside() -> None:
     tree = {"a": np.arange(3.0), "b": (np.int32(7), np.array([True, False]))}
     one = packed(tree)
-    assert one.values.shape == (6,)
+    assert one.arrays.shape == (6,)
 
     def read(tree: dict) -> tuple:
         assert tree["b"][0].dtype == jnp.int32
@@ -97,7 +97,7 @@ def test_packed_arguments_are_unpacked_inside() -> None:
     total, mask = jax.jit(apart(read))(one)
     assert total == 21
     assert_array_equal(mask, [True, False])
-    stack = Packed(jnp.stack([one.values, 2 * one.values]), one.unpack)
+    stack = Packed(jnp.stack([one.arrays, 2 * one.arrays]), one.unpack)
     assert_array_equal(jax.vmap(apart(read))(stack)[0], [21, 84])
 
 
