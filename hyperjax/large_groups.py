@@ -49,6 +49,7 @@ _REACH = 7.0  # of a source, in its larger sigma: 2e-11 of the peak
 _COLUMNS = 96  # of the inverse at a time
 _LEAST_PIVOT = 4 * np.finfo(np.float64).eps
 
+_scale = jax.jit(GaussianGroup.scale, static_argnums=0)
 _scaled = jax.jit(GaussianGroup.scaled, static_argnums=0)
 _quadratics = jax.jit(jax.vmap(source_quadratics))
 _precisions = jax.jit(jax.vmap(precision))
@@ -85,7 +86,8 @@ def solve_large(
         The units that the solution is in.
     """
     with jax.enable_x64(True):
-        scaled, scale = jax.tree.map(np.asarray, _scaled(model, problem))
+        scale = jax.tree.map(np.asarray, _scale(model, problem))
+        scaled = jax.tree.map(np.asarray, _scaled(model, problem, scale))
         return _iterated(model, scaled, tolerances), scale
 
 
