@@ -733,7 +733,7 @@ def moments(rows: int, side: int, degree: int, dtype: type) -> Callable[[], None
 def compare(options: argparse.Namespace) -> list[str]:
     """The table of both kinds."""
     fitters = [name for name in FITTERS if name not in options.without]
-    count = options.problems or 4096
+    count = options.problems or 8192
     cores = available_cores()
     lines = []
     with ExitStack() as stack:
@@ -1026,7 +1026,7 @@ def parse_options() -> argparse.Namespace:
         "--problems",
         type=positive,
         metavar="N",
-        help="of A, for hyperjax; others take a fixed share; default: 4096, or 2000 of each case, "
+        help="of A, for hyperjax; others take a fixed share; default: 8192, or 2000 of each case, "
         "or a stream of 1000000",
     )
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="default: 5")
