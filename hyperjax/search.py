@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
-_NOISES = 3  # times that the noise is measured while sources are added
+_MANY = 20  # sources, of which a median tells something
+_MOST_FAINTER = 0.3  # errors: median change of fluxes where noise gets directions
+_SMOOTH_NOISES = 3  # at most, first, that have none where sources may be a pattern
+_NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
 _SWEEPS = 8  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
@@ -65,9 +68,11 @@ class Found(NamedTuple):
 
 def find_sources(field: Field) -> Found | None:
     """Find and fit all sources of a map; None if the spectrum of its noise cannot be had."""
-    noise = first_noise(field)
-    if noise is None:
+    noise_of_all = first_noise(field)
+    if noise_of_all is None:
         return None
+    noise, pattern = noise_of_all
+    smooth = pattern
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, waves_of(noise, filtered(field, None)), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
@@ -77,9 +82,17 @@ def find_sources(field: Field) -> Found | None:
     )
     settled = np.zeros(len(fits.x), bool)
     for number in range(_NOISES):
+        smooth = smooth and number < _SMOOTH_NOISES
         left = filtered(field, fits)
-        noise = updated_noise(field, noise, fits, left)
+        noise = updated_noise(field, noise, fits, left, smooth)
         swept = sweep(field, noise, fits, options if number else ROUGH, left)
+        if pattern and not smooth and _are_in_noise(fits, swept.fits):
+            logger.warning(
+                "the sources form a pattern, which cannot be told from the noise: the noise is "
+                "taken to be the same in all directions, and fluxes may be some per cent too low"
+            )
+            noise = updated_noise(field, noise, fits, left, smooth=True)
+            break
         moving = _moving(fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
         fits, settled, changes = _searched(
@@ -87,11 +100,11 @@ def find_sources(field: Field) -> Found | None:
         )
         logger.debug("noise %d: %d changes, %d sources moved", number, changes, moving.sum())
         if number and changes == 0:
-            if keep.all() and not (moving | is_cut(field, fits)).any():
-                return Found(*swept, noise)
-            break
-    else:
-        noise = updated_noise(field, noise, fits, filtered(field, fits))
+            if not smooth:
+                if keep.all() and not (moving | is_cut(field, fits)).any():
+                    return Found(*swept, noise)
+                break
+            smooth = False
     return _settled(field, noise, fits, options)
 
 
@@ -107,7 +120,6 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
         if not keep.all():
             fits = swept.fits.take(np.flatnonzero(keep))
-            noise = updated_noise(field, noise, fits, filtered(field, fits))
             continue
         moving, sweeps = _moving(before, swept.fits), sweeps + 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
@@ -115,6 +127,19 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
             swept.fits.status[moving] = 0
             return Found(*swept, noise)
         fits = swept.fits
+
+
+def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
+    """Whether sources fitted in new noise are fainter by what must be systematic.
+
+    Then their own pattern on the sky is in its spectrum, and is whitened away.
+    """
+    if len(after.x) < _MANY:
+        return False
+    flux, error = model_flux(after)
+    less = flux - model_flux(before)[0]
+    change = np.divide(less, error, out=np.zeros_like(less), where=error > 0)
+    return bool(np.median(change) < -_MOST_FAINTER)
 
 
 def _moving(before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:

@@ -59,6 +59,7 @@ _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
 _CLIP_SIGMA = 3.0  # of pixels, before the sources are known
+_STANDING_OUT = 4.0  # power of a mode over that of its ring: random sources and noise reach 3
 _FIRST_ROUNDS = 2  # of the first spectrum, each whitened with the one before
 _MOST_FITTED = 0.8  # share of the noise of the matched filter that fits may have taken
 _LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
@@ -193,11 +194,12 @@ def _placed(field: Field, fits: SourceFits, members: list[NDArray[np.int_]]) -> 
 # --- The noise --------------------------------------------------------------------------------
 
 
-def first_noise(field: Field) -> Noise | None:
+def first_noise(field: Field) -> tuple[Noise, bool] | None:
     """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had.
 
     It is the same in all directions and smooth in the wave number: where sources are a regular
-    pattern, what stands out of that is theirs, and would be whitened away.
+    pattern, what stands out of that is theirs, and would be whitened away. Whether something does
+    is told beside it.
     """
     image, valid = filtered(field, None), field.inner
     if not valid.any():
@@ -214,14 +216,26 @@ def first_noise(field: Field) -> Noise | None:
         spectrum = measure_spectrum(unit, valid, spectrum)
     if spectrum is None:
         return None
-    return _normalised(field, Noise(scale, spectrum.in_rings()), unit)
+    smooth = spectrum.in_rings()
+    stands_out = bool(np.max(spectrum.power / smooth.power) > _STANDING_OUT)
+    return _normalised(field, Noise(scale, smooth), unit), stands_out
 
 
-def updated_noise(field: Field, noise: Noise, fits: SourceFits, left: NDArray[np.float64]) -> Noise:
-    """Noise of a map without the fitted sources, of which that is `left`."""
+def updated_noise(
+    field: Field,
+    noise: Noise,
+    fits: SourceFits,
+    left: NDArray[np.float64],
+    smooth: bool = False,
+) -> Noise:
+    """Noise of a map without the fitted sources, of which that is `left`.
+
+    A `smooth` spectrum is the same in all directions, as that of `first_noise`.
+    """
     unit = Waves.of(left / noise.scale)
     fitted = fitted_power(field, noise, fits)
     spectrum = measure_spectrum(unit, field.inner, noise.spectrum, fitted) or noise.spectrum
+    spectrum = spectrum.in_rings() if smooth else spectrum
     return _normalised(field, Noise(noise.scale, spectrum), unit, fitted)
 
 
