@@ -47,7 +47,7 @@ def fit_parameters(
 
     A pure function for `jax.jit`, `vmap`, `grad` and `jvp`, in the precision of its arguments;
     derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes. There is no
-    second start (`FitOptions.other_starts`): for blends that need one, take the start from the
+    other start (`FitOptions.other_starts`): for blends that need one, take the start from the
     `params` of `hyperjax.fit_groups`.
 
     Parameters

@@ -52,7 +52,7 @@ CASES = {
     "one source, float32 of 1e+7": A._replace(factor=1e7, **SINGLE),
     "blends": B,
     "blends, 30 % masked, circular": B._replace(masked=0.3, circular=True, count=10),
-    # From these starts other minima are in reach: without a second start 1 or 2 % end in them.
+    # From these starts other minima are in reach: without other starts 1 or 2 % end in them.
     "blends, poor starts": B._replace(poor=True, count=60),
     "blends, S/N 3 to 5": B._replace(snr=(3, 5), count=60),
 }

@@ -363,7 +363,7 @@ def test_a_group_without_data_leaves_the_others_alone() -> None:
     assert_array_equal(fit.steps, np.where(others, whole.steps, 0))
 
 
-def test_a_second_start_leaves_the_wrong_minimum() -> None:
+def test_another_start_leaves_the_wrong_minimum() -> None:
     """Two sources 5.6 pixels apart, from a poor start: one ends on a bound of its position.
 
     The optimum is that of scipy from the truth; groups beside it keep their fits.
