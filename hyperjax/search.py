@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 _START_SIZE = 1.2  # of the beam: sources are rarely smaller
 _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
-_MANY = 20  # sources, of which a median tells something
-_MOST_FAINTER = 0.3  # errors: median change of fluxes where noise gets directions
+_MANY = 20  # sources, which do not become fainter by chance
+_MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
 _SMOOTH_NOISES = 3  # at most, first, that have none where sources may be a pattern
 _NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
@@ -130,16 +130,13 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
 
 
 def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
-    """Whether sources fitted in new noise are fainter by what must be systematic.
+    """Whether sources fitted in new noise are fainter, and too many of them for a coincidence.
 
-    Then their own pattern on the sky is in its spectrum, and is whitened away.
+    Then their own pattern on the sky is in its spectrum, and is whitened away. (In noise with
+    stripes fluxes change as well, but up and down.)
     """
-    if len(after.x) < _MANY:
-        return False
-    flux, error = model_flux(after)
-    less = flux - model_flux(before)[0]
-    change = np.divide(less, error, out=np.zeros_like(less), where=error > 0)
-    return bool(np.median(change) < -_MOST_FAINTER)
+    fainter = model_flux(after)[0] < model_flux(before)[0]
+    return len(fainter) >= _MANY and bool(np.mean(fainter) > _MOST_FAINTER)
 
 
 def _moving(before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:

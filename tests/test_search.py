@@ -221,8 +221,7 @@ def test_a_map_full_of_rows_of_sources(
     bright = (found["FLUX_TOTAL"] / found["FLUX_TOTAL_ERR"]).to_value("") > 8
     ratio = (found["FLUX_TOTAL"] / true["FLUX_TOTAL"]).to_value("")[bright]
     assert least < np.median(ratio) < 1.02
-    told = any("form a pattern" in record.message for record in caplog.records)
-    assert told == (beams == 3)
+    assert any("form a pattern" in record.message for record in caplog.records)
 
 
 def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
