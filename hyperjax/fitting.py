@@ -121,10 +121,10 @@ class FitOptions(NamedTuple):
         When to stop, and how to begin (`hyperjax.solver.Tolerances`).
     other_starts
         Whether groups of several sources are fitted twice more where their optimum may be the wrong
-        one: with a parameter on a bound, far from the start (more than eight steps), or none found
-        (SINGULAR). That is from round sources of sizes in the middle of their bounds, then with
-        their positions on the other side of their starts too, with short first steps; the best fit
-        counts. (Gaussians, up to 32 slots.)
+        one: with a parameter on a bound, far from the start (more than eight steps with the linear
+        loss), or none found (SINGULAR). That is from round sources of sizes in the middle of their
+        bounds, then with their positions on the other side of their starts too, with short first
+        steps; the best fit counts. (Gaussians, up to 32 slots.)
     """
 
     loss: str = "linear"
@@ -158,7 +158,8 @@ class FitResult(NamedTuple):
         32 slots (group, slot, 6, 6): each source's own block of it, as the whole grows with the
         square of their number.
     cost
-        (group,) half the weighted sum of squared residuals (of the loss).
+        (group,) half the weighted sum of squared residuals (of the loss). It and the statistics are
+        NaN for a group without data.
     chi2_red, bic, nmse
         (group,) chi^2 per degree of freedom; n ln(chi^2/n) + k ln n for n pixels and k free
         parameters; weighted sum of squared residuals over that of the data about their mean.
@@ -247,7 +248,7 @@ def fit_groups(
     def fit(piece: GroupBatch, device: jax.Device) -> FitResult:
         _check_parameters(piece)
         fits = _fitted(model, options, piece, device)
-        if not np.isfinite(fits.cost).all():
+        if not np.isfinite(fits.cost[fits.status != NO_DATA]).all():
             _check_pixels(piece)
         return fits
 
@@ -259,27 +260,26 @@ def _best_of_starts(
     model: GaussianGroup, options: FitOptions, batch: GroupBatch, result: FitResult
 ) -> FitResult:
     """The result, with doubtful fits of several sources replaced by better ones from elsewhere."""
-    odd = result.on_bound.any((1, 2)) | (result.steps > _FEW_STEPS)
+    slow = (result.steps > _FEW_STEPS) & (model.loss == "linear")  # robust fits take more steps
+    odd = result.on_bound.any((1, 2)) | slow
     doubtful = (result.status == SINGULAR) | ((result.status == CONVERGED) & odd)
-    moves = batch.present & batch.free[..., X:].any(-1)
-    again = np.flatnonzero(doubtful & (batch.present.sum(1) > 1) & moves.any(1))
-    if not again.size:
-        return result
-    some = GroupBatch(*(leaf[again] for leaf in batch))
-    best = FitResult(*(leaf[again] for leaf in result))
     options = options._replace(damping=_OTHER_DAMPING)
+    fit = functools.partial(_fitted, model, options)
+    before = batch.start
     for start in (_in_the_middle, _on_the_other_side):
-        fit = functools.partial(_fitted, model, options)
-        other = in_pieces(fit, some._replace(start=start(some, best)), model, options)
-        better = (other.status == CONVERGED) & ~(best.cost <= other.cost)
-        steps = best.steps + other.steps
-        best = jax.tree.map(
-            lambda new, old: np.where(better.reshape(-1, *[1] * (old.ndim - 1)), new, old),  # noqa: B023
-            other,
-            best,
-        )._replace(steps=steps)
-    for whole, new in zip(result, best, strict=True):
-        whole[again] = new
+        elsewhere = start(batch, result)
+        differs = (elsewhere != before).any((1, 2))
+        again = np.flatnonzero(doubtful & differs & (batch.present.sum(1) > 1))
+        before = elsewhere
+        if not again.size:
+            continue
+        some = GroupBatch(*(leaf[again] for leaf in batch._replace(start=elsewhere)))
+        other = in_pieces(fit, some, model, options)
+        steps = result.steps[again] + other.steps
+        better = (other.status == CONVERGED) & ~(result.cost[again] <= other.cost)
+        for whole, new in zip(result, other, strict=True):
+            whole[again[better]] = new[better]
+        result.steps[again] = steps
     return result
 
 
@@ -389,7 +389,7 @@ def _in_pieces(
     threads = fit_threads(len(devices))
     count = len(batch.data)
     size = next((size for size in sizes if size * threads >= count), sizes[-1])
-    shares = min(threads, max(count // lanes, 1))
+    shares = min(threads, max(count // lanes, len(devices)))
     size = min(size, -(-count // shares))
     pieces = [
         GroupBatch(*(leaf[first : first + size] for leaf in batch))
@@ -510,7 +510,7 @@ def _check_pixels(batch: GroupBatch) -> None:
 
 
 def _check_parameters(batch: GroupBatch) -> None:
-    """Raise `FitInputError` if a weight is not positive, or starts or bounds cannot be."""
+    """Raise `FitInputError` if a weight is negative, or starts or bounds cannot be."""
     if not batch.weight.min() >= 0:
         raise FitInputError("weight: must be finite and not negative (0 masks a pixel)")
     there = batch.present

@@ -46,8 +46,8 @@ def fit_parameters(
     """Fitted parameters as a differentiable function of data, weights and bounds.
 
     A pure function for `jax.jit`, `vmap`, `grad` and `jvp`, in the precision of its arguments;
-    derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes. There is no
-    other start (`FitOptions.other_starts`): for blends that need one, take the start from the
+    derivatives want float64 (`jax.enable_x64`). Values are not checked, only shapes. There are no
+    other starts (`FitOptions.other_starts`): for blends that need one, take the start from the
     `params` of `hyperjax.fit_groups`.
 
     Parameters

@@ -40,6 +40,7 @@ _DPI = 300
 _INCHES = 7.1, 5.9  # across both columns of a journal's page
 _LEAST_FOUND = 5  # of a bin whose median and scatter are drawn
 _PULL_RANGE = 4.5
+_PULL_LABEL = f"(measured − injected) / error, S/N ≥ {WELL_FOUND:g}"
 
 
 def write_completeness(result: Completeness, folder: Path) -> list[Path]:
@@ -211,10 +212,29 @@ def _draw_positions(axes: Axes, result: Completeness) -> None:
         stated = [np.nanmedian(errors[number == which]) for which in bins]
         axes.plot(table["SNR"], stated, color=colour, lw=0.9)
     axes.plot([], [], color="black", lw=0.9, label="stated errors (median)")
-    axes.set(xscale="log", yscale="log", xlabel="Injected S/N", ylabel="Scatter (1.48 MAD)")
+    axes.set(xlabel="Injected S/N", ylabel="Scatter (1.48 MAD)")
+    if not len(table):
+        _say_too_few(axes)
+        return
+    axes.set(xscale="log", yscale="log")
     _plain_logarithm(axes.xaxis)
     _plain_logarithm(axes.yaxis)
     axes.legend(frameon=False, fontsize=7)
+
+
+def _say_too_few(axes: Axes) -> None:
+    """Say why there is nothing to be seen."""
+    axes.set(xticks=[], yticks=[])
+    axes.text(
+        0.5,
+        0.5,
+        f"fewer than {_LEAST_FOUND} sources found\nin each bin: inject more (-n)",
+        ha="center",
+        va="center",
+        transform=axes.transAxes,
+        fontsize=8,
+        color=_GREY,
+    )
 
 
 def _draw_pulls(axes: Axes, result: Completeness) -> None:
@@ -224,13 +244,17 @@ def _draw_pulls(axes: Axes, result: Completeness) -> None:
     off = deviations(some)
     names = {"FLUX": ("flux", _BLUE), "RA": ("RA", _VERMILLION)}
     names |= {"DEC": ("Dec", _GREEN), "FWHM": ("FWHM", _PURPLE)}
+    if len(some) < _LEAST_FOUND:
+        axes.set(xlabel=_PULL_LABEL, ylabel="Probability density")
+        _say_too_few(axes)
+        return
     for column, (name, colour) in names.items():
         _draw_pull(axes, off[f"PULL_{column}"], colour, name)
     grid = np.linspace(-_PULL_RANGE, _PULL_RANGE, 181)
     density = np.exp(-0.5 * grid**2) / np.sqrt(2 * np.pi)
     axes.plot(grid, density, color="black", ls="--", lw=0.9, label="unit Gaussian")
     axes.set(
-        xlabel=f"(measured − injected) / error, S/N ≥ {WELL_FOUND:g}",
+        xlabel=_PULL_LABEL,
         ylabel="Probability density",
         xlim=(-_PULL_RANGE, _PULL_RANGE),
     )

@@ -151,6 +151,28 @@ def collected(level: int) -> Iterator[list[logging.LogRecord]]:
         yield records
 
 
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let each warning of the library pass once: of work on many versions of the same map."""
+    told: set[tuple[str, str]] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        said = record.name, record.getMessage()
+        again = record.levelno >= logging.WARNING and said in told
+        told.add(said)
+        return not again
+
+    known = (name for name in list(logging.root.manager.loggerDict) if name.startswith("hyperjax."))
+    loggers = list(map(logging.getLogger, known))
+    for logger in loggers:
+        logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_new)
+
+
 def replay(records: Iterable[logging.LogRecord]) -> None:
     """Handle here the records that another process made."""
     for record in records:

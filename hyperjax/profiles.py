@@ -185,7 +185,8 @@ def _to_result(
     coefficients = solution.params[:, ends:].copy()
     coefficients[:, :1] += offset[:, None]
     pixels, freedom = np.sum(problems.weight > 0, 1), np.sum(problems.free, 1)
-    chi2 = solution.normal.chi2
+    known = pixels > 0
+    chi2 = np.where(known, solution.normal.chi2, np.nan)  # nothing is known without data
     n = np.maximum(pixels, 1).astype(chi2.dtype)
     inverse = solution.normal.matrix[:, own][:, :, own]
     spread = 1 if model.loss == "linear" else solution.normal.spread[:, None, None]
@@ -196,7 +197,7 @@ def _to_result(
         params=params,
         coefficients=coefficients,
         covariance=inverse * spread,
-        cost=solution.normal.cost,
+        cost=np.where(known, solution.normal.cost, np.nan),
         chi2_red=chi2 / np.maximum(pixels - freedom, 1),
         bic=n * np.log(np.maximum(chi2, np.finfo(chi2.dtype).tiny) / n) + freedom * np.log(n),
         nmse=chi2 / np.where(deviation > 0, deviation, 1),

@@ -2,7 +2,8 @@
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
 left is searched for more, twice if anything was added; and so again, until nothing is added, or
-three times. In the last noise all sources are fitted until none moves.
+five times. In the last noise all sources are fitted until none moves. Where sources may be a
+pattern on the sky, which the noise's spectrum would hold, it has no directions at first.
 """
 
 import logging
@@ -49,7 +50,7 @@ _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _MANY = 20  # sources, which do not become fainter by chance
 _MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
-_SMOOTH_NOISES = 3  # at most, first, that have none where sources may be a pattern
+_WARY_NOISES = 3  # at most, first, without directions where sources may be a pattern
 _NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
 _SWEEPS = 8  # of the last fits at most, until nothing moves
@@ -72,7 +73,6 @@ def find_sources(field: Field) -> Found | None:
     if noise_of_all is None:
         return None
     noise, pattern = noise_of_all
-    smooth = pattern
     threshold = field.config.detection.sigma_thres
     first = find_peaks(field, noise, waves_of(noise, filtered(field, None)), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
@@ -80,18 +80,21 @@ def find_sources(field: Field) -> Found | None:
     options = FitOptions(
         ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
     )
-    settled = np.zeros(len(fits.x), bool)
+    settled, wary = np.zeros(len(fits.x), bool), True
     for number in range(_NOISES):
-        smooth = smooth and number < _SMOOTH_NOISES
-        left = filtered(field, fits)
-        noise = updated_noise(field, noise, fits, left, smooth)
+        left, before = filtered(field, fits), noise
+        noise = updated_noise(field, before, fits, left)
+        pattern = pattern or noise.spectrum.stands_out
+        wary = wary and number < _WARY_NOISES
+        if wary and pattern:
+            noise = updated_noise(field, before, fits, left, smooth=True)
         swept = sweep(field, noise, fits, options if number else ROUGH, left)
-        if pattern and not smooth and _are_in_noise(fits, swept.fits):
+        if pattern and not wary and _are_in_noise(fits, swept.fits):
             logger.warning(
                 "the sources form a pattern, which cannot be told from the noise: the noise is "
                 "taken to be the same in all directions, and fluxes may be some per cent too low"
             )
-            noise = updated_noise(field, noise, fits, left, smooth=True)
+            noise = updated_noise(field, before, fits, left, smooth=True)
             break
         moving = _moving(fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
@@ -99,12 +102,12 @@ def find_sources(field: Field) -> Found | None:
             field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
         )
         logger.debug("noise %d: %d changes, %d sources moved", number, changes, moving.sum())
-        if number and changes == 0:
-            if not smooth:
-                if keep.all() and not (moving | is_cut(field, fits)).any():
-                    return Found(*swept, noise)
-                break
-            smooth = False
+        if number and changes == 0 and wary and pattern:
+            wary = False
+        elif number and changes == 0:
+            if keep.all() and not (moving | is_cut(field, fits)).any():
+                return Found(*swept, noise)
+            break
     return _settled(field, noise, fits, options)
 
 

@@ -23,6 +23,7 @@ Beam = tuple[float, float, float]
 _SEGMENTS = 128, 64, 32  # sides of the squares that the spectrum is averaged over: the largest fits
 _LEAST_SEGMENTS = 1.5  # of them along the shorter side of the map
 _RING_OCTAVES = 0.5  # standard deviation of the bell that power is averaged over in rings
+_STANDING_OUT = 4.0  # power of a mode over that of its ring; random sources and noise reach 3
 _FLOOR = 1e-4  # of the peak of the power
 _OUTLYING = 1.5  # power of a segment, of the median's, from which it holds more than noise
 _SCATTER = 8.0  # what is added to that where there are few modes, over the root of their number
@@ -62,6 +63,11 @@ class Spectrum:
         shares = np.exp(-(((octave.ravel() - middle[:, None]) / _RING_OCTAVES) ** 2) / 2)
         means = shares @ self.power.ravel() / shares.sum(axis=1)
         return Spectrum(np.exp(np.interp(octave, middle, np.log(means))), self.box)
+
+    @functools.cached_property
+    def stands_out(self) -> bool:
+        """Whether the power of a mode is far above that of its ring (`in_rings`)."""
+        return bool(np.max(self.power / self.in_rings().power) > _STANDING_OUT)
 
     def whitening(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the modes (ky, kx) of a filtered image are multiplied by: power^-1/2."""

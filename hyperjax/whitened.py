@@ -59,7 +59,6 @@ _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
 _CLIP_SIGMA = 3.0  # of pixels, before the sources are known
-_STANDING_OUT = 4.0  # power of a mode over that of its ring: random sources and noise reach 3
 _FIRST_ROUNDS = 2  # of the first spectrum, each whitened with the one before
 _MOST_FITTED = 0.8  # share of the noise of the matched filter that fits may have taken
 _LOCAL_FWHM = 10.0  # standard deviation of the bell that the local noise is told under
@@ -216,9 +215,7 @@ def first_noise(field: Field) -> tuple[Noise, bool] | None:
         spectrum = measure_spectrum(unit, valid, spectrum)
     if spectrum is None:
         return None
-    smooth = spectrum.in_rings()
-    stands_out = bool(np.max(spectrum.power / smooth.power) > _STANDING_OUT)
-    return _normalised(field, Noise(scale, smooth), unit), stands_out
+    return _normalised(field, Noise(scale, spectrum.in_rings()), unit), spectrum.stands_out
 
 
 def updated_noise(
@@ -230,7 +227,7 @@ def updated_noise(
 ) -> Noise:
     """Noise of a map without the fitted sources, of which that is `left`.
 
-    A `smooth` spectrum is the same in all directions, as that of `first_noise`.
+    `smooth` noise is the same in all directions, as that of `first_noise`.
     """
     unit = Waves.of(left / noise.scale)
     fitted = fitted_power(field, noise, fits)

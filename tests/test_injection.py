@@ -1,5 +1,6 @@
 """Completeness: injected sources against an independent simulation, statistics of known answer."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,6 +320,29 @@ def test_a_figure_is_drawn_where_nothing_is_found(sky: Map) -> None:
     assert nothing.injections["FOUND"].sum() == 0
     assert "50 % are not reached" in nothing.summary()
     assert len(completeness_figure(nothing).axes) == 4
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_a_figure_is_drawn_of_few_sources(sky: Map, n: int, tmp_path: Path) -> None:
+    """With too few for a median; the file is written all the same."""
+    few = completeness(sky, n=n, fluxes=(0.05, 0.2))
+    assert few.injections["FOUND"].sum() > 0
+    assert all(path.exists() for path in write_completeness(few, tmp_path))
+
+
+def test_warnings_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And not with each of the injected maps."""
+    path = tmp_path / "tiny.fits"
+    assert (
+        CliRunner()
+        .invoke(app, ["simulate", str(path), "--shape", "30", "30", "--sources", "1"])
+        .exit_code
+        == 0
+    )
+    completeness(hyperjax.read_map(path), n=4)
+    said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said
+    assert len(said) == len(set(said))
 
 
 def test_the_command_tells_the_limits(sky: Map, tmp_path: Path) -> None:

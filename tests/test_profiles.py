@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from hyperjax.errors import FitInputError
-from hyperjax.fitting import CONVERGED, FitOptions, GroupBatch, fit_groups
+from hyperjax.fitting import CONVERGED, NO_DATA, FitOptions, GroupBatch, fit_groups
 from hyperjax.models import gaussian, moffat
 from hyperjax.profiles import fit_profiles
 
@@ -119,6 +119,18 @@ def test_bounds_are_boxes_and_held_parameters_stay() -> None:
     assert_allclose(fit.params[there][:, 0], 15, rtol=1e-12)
     assert fit.on_bound[there][:, 0].all()
     assert (fit.params[there][:, 1] == start[there][:, 1]).all()
+
+
+def test_nothing_is_known_of_a_group_without_data() -> None:
+    batch = gaussian_batch(3)
+    start = smooth_parameters(batch.start)
+    weight = batch.weight.copy()
+    weight[1] = 0
+    wide = batch._replace(start=start, lower=start - 5.0, upper=start + 5.0, weight=weight)
+    fit = fit_profiles(gaussian, wide)
+    assert list(fit.status == NO_DATA) == [False, True, False]
+    for name in ("cost", "chi2_red", "bic", "nmse"):
+        assert list(np.isnan(getattr(fit, name))) == [False, True, False], name
 
 
 def test_bad_input_names_the_argument() -> None:

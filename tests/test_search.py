@@ -167,9 +167,9 @@ def test_the_noise_is_measured_when_all_sources_have_been_fitted(
     """What a fit takes of the noise is told from what was free in it: from its covariance."""
     seen = []
 
-    def recorded(field: Field, noise: Any, fits: Any, left: NDArray, *smooth: bool) -> Any:
+    def recorded(field: Field, noise: Any, fits: Any, left: NDArray, **smooth: bool) -> Any:
         seen.append((fits.niter > 0).all())
-        return updated_noise(field, noise, fits, left, *smooth)
+        return updated_noise(field, noise, fits, left, **smooth)
 
     monkeypatch.setattr(search, "updated_noise", recorded)
     map, _ = made(tmp_path, n_sources=60, blend_fraction=0.8, min_separation_beams=0.8)
