@@ -205,9 +205,9 @@ def test_channels_share_batches_and_logs_are_their_own(
     in_pieces = fitting._in_pieces
     for way, most in (("in step", survey._IN_STEP), ("alone", 1)):
 
-        def counting(fit: Any, sizes: Any, batch: Any, way: str = way) -> Any:
+        def counting(fit: Any, sizes: Any, lanes: int, batch: Any, way: str = way) -> Any:
             fitted[way].append(len(batch.data))
-            return in_pieces(fit, sizes, batch)
+            return in_pieces(fit, sizes, lanes, batch)
 
         monkeypatch.setattr(fitting, "_in_pieces", counting)
         monkeypatch.setattr(survey, "_IN_STEP", most)
