@@ -249,7 +249,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
     box = _spectral_filter(map)
     if box is None:
         _filter_size(map, config)  # an error where the map is too small for the other way, too
-        _warn_of_white(map, "is too small for the spectrum of its noise, or its beam is")
+        _warn_of_white(map, "is too small for the spectrum of its noise, or its beam too narrow")
         return None
     with timed(seconds, "fit", map.name):
         (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
