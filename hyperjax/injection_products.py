@@ -40,6 +40,7 @@ _DPI = 300
 _INCHES = 7.1, 5.9  # across both columns of a journal's page
 _LEAST_FOUND = 5  # of a bin whose median and scatter are drawn
 _PULL_RANGE = 4.5
+_MANY = 300  # sources, whose points are small
 _PULL_LABEL = f"(measured − injected) / error, S/N ≥ {WELL_FOUND:g}"
 
 
@@ -147,13 +148,12 @@ def _draw_completeness(axes: Axes, result: Completeness) -> None:
                 row["FLUX_LOW"].value, row["FLUX_HIGH"].value, color=_GREY, alpha=0.15, lw=0
             )
             label = f"{100 * share:.0f} %: {at:.3g} {unit}"
-            left = share == 0.5
             axes.annotate(
                 label,
-                (at, share if left else share / 2),
-                (-8 if left else 4, 0),
+                (at, share / 2),
+                (4, 0),
                 textcoords="offset points",
-                ha="right" if left else "left",
+                ha="left",
                 fontsize=7,
                 color=_GREY,
             )
@@ -175,17 +175,20 @@ def _draw_fluxes(axes: Axes, result: Completeness) -> None:
     found = result.injections[result.injections["FOUND"]]
     ratio = 1 + deviations(found)["FLUX"]
     axes.axhline(1, color="black", lw=0.7)
-    axes.plot(found["FLUX_TOTAL"].value, ratio, ".", ms=2, color=_BLUE, alpha=0.35, mew=0)
+    many = len(ratio) > _MANY
+    style: dict[str, Any] = {"ms": 2, "alpha": 0.35} if many else {"ms": 6, "alpha": 0.8}
+    axes.plot(found["FLUX_TOTAL"].value, ratio, ".", color=_BLUE, mew=0, **style)
     table = _measured(result.by_flux)
     centre = 1 + table["FLUX_BIAS"]
     at, scatter = table["FLUX"].value, table["FLUX_SCATTER"]
     axes.plot(at, centre, color=_VERMILLION, lw=1.2, label="median")
-    style: dict[str, Any] = {"color": _VERMILLION, "lw": 0.8, "ls": "--"}
+    style = {"color": _VERMILLION, "lw": 0.8, "ls": "--"}
     axes.plot(at, centre - scatter, **style, label="± scatter (1.48 MAD)")
     axes.plot(at, centre + scatter, **style)
     high = np.nanpercentile(ratio, 98) if len(ratio) else 2
     axes.set(ylabel="Measured / injected flux density", ylim=(0.4, float(np.clip(high, 1.6, 3))))
-    axes.legend(frameon=False, fontsize=7)
+    if len(table):
+        axes.legend(frameon=False, fontsize=7)
 
 
 def _measured(table: QTable) -> QTable:
@@ -228,7 +231,7 @@ def _say_too_few(axes: Axes) -> None:
     axes.text(
         0.5,
         0.5,
-        f"fewer than {_LEAST_FOUND} sources found\nin each bin: inject more (-n)",
+        "too few sources are found:\ninject more (-n)",
         ha="center",
         va="center",
         transform=axes.transAxes,

@@ -119,7 +119,7 @@ def advance(
     `normal` stays that of the point before it.
     """
     trial = apart(functools.partial(_trial, model))(problem, state)
-    state, better = apart(judged)(state, trial)
+    state, better = apart(_judged)(state, trial)
     chart = apart(functools.partial(_chart, model))(state, problem)
     here = apart(_here)(state, problem, chart)
     step = apart(damped_step)(here.local, here.blocked, state.damping)
@@ -132,7 +132,7 @@ def _trial(model: Objective, problem: Problem, state: State) -> Normal:
     return model.normal(state.candidate, problem)
 
 
-def judged(state: State, trial: Normal) -> tuple[State, Bool[Array, ""]]:
+def _judged(state: State, trial: Normal) -> tuple[State, Bool[Array, ""]]:
     """The state at the better of its point and the candidate, and whether that is the candidate.
 
     `trial` is the candidate's evaluation.

@@ -397,6 +397,21 @@ def test_another_start_leaves_the_wrong_minimum() -> None:
     assert (np.abs(twice.params[-1] - truth)[:, X : Y + 1] < 1).all()
 
 
+@pytest.mark.parametrize(("loss", "held"), [("huber", []), ("linear", [X, Y, MAJOR, MINOR, THETA])])
+def test_fits_are_not_begun_again_without_a_reason(loss: str, held: list[int]) -> None:
+    """Robust ones for their steps alone; those of peaks only, whose other starts are the same."""
+    batch, _ = make_batch(12, seed=17)
+    free = batch.free.copy()
+    free[..., held] = False
+    start = batch.start.copy()
+    start[..., PEAK] = batch.upper[..., PEAK] if held else start[..., PEAK]
+    batch = batch._replace(free=free, start=start)
+    once = fit_groups(batch, FitOptions(loss=loss, other_starts=False))
+    assert (once.steps > 8).any() or held
+    fine = ~once.on_bound.any((1, 2)) if not held else np.full(12, True)
+    assert_array_equal(fit_groups(batch, FitOptions(loss=loss)).steps[fine], once.steps[fine])
+
+
 def test_step_limit_is_reported() -> None:
     batch, _ = make_batch(6, seed=9, poor=True)
     fit = fit_groups(batch, FitOptions(max_steps=2))
