@@ -17,6 +17,7 @@ from hyperjax.fitting import CONVERGED, FitResult
 from hyperjax.groups import Windows, members_of
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
+from hyperjax.radial import explained_by_profiles
 from hyperjax.runtime import at_once
 from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
@@ -41,9 +42,11 @@ LEAST_SNR_SQUARED = 5.0
 ON_BOUND = 0.999
 """Share of the largest size from which a source is as large as it may be."""
 
+MISMATCH = 0.02
+"""What of a source is no Gaussian, as a share of it."""
+
 _PARAMETERS = 6
-_MISMATCH = 0.02  # of a source's S/N: what of it is no Gaussian
-_EXTENDED_MISMATCH = 0.25  # the same of an extended source: a disc has that
+_EXTENDED_MISMATCH = 0.1  # the same of an extended source, beside its radial profile
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
 _SMALLEST = 0.7  # of the minor axis: sizes of the halves of a source that is narrower than the beam
@@ -70,15 +73,18 @@ class _Alternative(NamedTuple):
     sources: NDArray[np.float64]
 
 
-class _Trial(NamedTuple):
-    """Fits of alternatives: their costs, the sums of squares of their data, and their sources.
+class _Fitted(NamedTuple):
+    """An alternative as it was fitted: its cost, and its sources (k, 6) in the window.
 
-    The sources (k, 6) are on the map; None where one of them is none.
+    And these on the map, None where one of them is none; the data (2, mode) of the window and their
+    weights (mode,).
     """
 
-    cost: NDArray[np.float64]
-    power: NDArray[np.float64]
-    sources: list[NDArray[np.float64] | None]
+    cost: float
+    sources: NDArray[np.float64]
+    on_map: NDArray[np.float64] | None
+    data: NDArray[np.float64]
+    weight: NDArray[np.float64]
 
 
 class _Alike(NamedTuple):
@@ -114,9 +120,9 @@ def better_sources(
     """Put the best alternatives in the places of sources, where they are better by enough.
 
     One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
-    Bayesian information criterion), and what sources beside it leave that are no Gaussians, which
-    is more where they are extended. Where fewer sources lose less than that, they are put in place.
-    Of alternatives that share sources the best one is.
+    Bayesian information criterion), and what sources beside it may leave that are no Gaussians. Of
+    extended ones that is also what other radial profiles would take away. Where fewer sources lose
+    less than that, they are put in place. Of alternatives that share sources the best one is.
 
     Parameters
     ----------
@@ -137,60 +143,65 @@ def better_sources(
     options = list(
         _alternatives(field, noise, fits, strength, settled, placed, own, peaks, sources)
     )
-    tried = np.unique([option.block for option in options]).astype(int)
-    present = [_Alternative(int(block), sources[block]) for block in tried]
-    trial = _tried(field, noise, white, fits, placed, [*present, *options])
-    before = dict(zip(tried, zip(trial.cost, trial.power, strict=False), strict=False))
+    tried = np.unique([option.block for option in options]).astype(int).tolist()
+    present = [_Alternative(block, sources[block]) for block in tried]
+    fitted = _tried(field, noise, white, fits, placed, [*present, *options])
+    at_present = dict(zip(tried, fitted, strict=False))
     best: dict[int, tuple[float, NDArray[np.float64]]] = {}
     near = np.zeros(len(which), bool)
-    for place, option in enumerate(options, len(tried)):
-        block, result = option.block, trial.sources[place]
-        cost, power = before[block]
-        more = len(option.sources) - len(sources[block])
-        single = option.sources if result is None else result
-        left = _leavings(
-            field, sources[block], strength[placed.members[block]], option, single, power - 2 * cost
+    for option, after in zip(options, fitted[len(tried) :], strict=True):
+        block, before = option.block, at_present[option.block]
+        worth = _worth(
+            field,
+            int(placed.side[block]),
+            strength[placed.members[block]],
+            sources[block],
+            option,
+            before,
+            after,
         )
-        parameters = field.config.detection.sigma_thres**2 + _PARAMETERS * np.log(
-            int(placed.side[block]) ** 2
-        )
-        worth = abs(more) * parameters + left
-        gain = 2 * (cost - trial.cost[place]) - np.sign(more) * worth
+        gain = 2 * (before.cost - after.cost)
+        gain -= worth * np.sign(len(option.sources) - len(sources[block]))
         near[block] |= gain > -worth / 2
-        if result is not None and gain > best.get(block, (0.0,))[0]:
-            best[block] = (gain, result)
+        if after.on_map is not None and gain > best.get(block, (0.0,))[0]:
+            best[block] = (gain, after.on_map)
     return _replaced(fits, ~near[own], placed, best)
 
 
-def _leavings(
+def _worth(
     field: Field,
-    present: NDArray[np.float64],
+    side: int,
     strength: NDArray[np.float64],
+    present: NDArray[np.float64],
     option: _Alternative,
-    single: NDArray[np.float64],
-    power: float,
+    before: _Fitted,
+    after: _Fitted,
 ) -> float:
-    """Chi^2 that the fewer sources may leave near what an alternative changes, as no Gaussians.
+    """Chi^2 that the more sources must gain: of those at present and an alternative.
 
-    Of the `present` sources (k, 6) of the signal-to-noise ratio `strength`, those of them that
-    stay; or of the `single` one in the place of all, which has the `power` of the block.
+    The `present` sources (k, 6) have the signal-to-noise ratios `strength` (k,). What counts are
+    the fewer sources, beside what has changed.
     """
+    more = len(option.sources) - len(present)
     same = (present[:, None] == option.sources).all(axis=2)
     stays = same.any(axis=1)
-    if len(option.sources) < len(present) and not stays.any():
-        return float(np.max(non_gaussian(field, single[:, 4])) ** 2 * power)
-    rows = stays | (len(option.sources) > len(present))
+    fewer = before if more > 0 else after
+    if more < 0 and stays.any():
+        strength = strength[stays]
+    elif more < 0:  # one in the place of all
+        strength = np.sqrt([np.sum(before.data**2) - 2 * before.cost])
     changed = np.vstack([present[~stays], option.sources[~same.any(axis=0)]])[:, 1:3]
-    away = np.linalg.norm(present[rows, None, 1:3] - changed, axis=2).min(axis=1)
-    near = away <= FWHM_PER_SIGMA * present[rows, 3] + field.fwhm_pix
-    left = non_gaussian(field, present[rows, 4]) * strength[rows]
-    return float(np.sum(left[near] ** 2))
-
-
-def non_gaussian(field: Field, sigma_minor: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What each source (k,) may leave where it is no Gaussian, as a part of it."""
-    is_extended = sigma_minor > _EXTENDED * field.sigma_pix
-    return np.where(is_extended, _EXTENDED_MISMATCH, _MISMATCH)
+    away = np.linalg.norm(fewer.sources[:, None, 1:3] - changed, axis=2).min(axis=1)
+    near = away <= FWHM_PER_SIGMA * fewer.sources[:, 3] + field.fwhm_pix
+    extended = near & (fewer.sources[:, 4] > _EXTENDED * field.sigma_pix)
+    share = np.where(extended, _EXTENDED_MISMATCH, MISMATCH)
+    parameters = field.config.detection.sigma_thres**2 + _PARAMETERS * np.log(side**2)
+    worth = abs(more) * parameters + float(np.sum((share * strength)[near] ** 2))
+    if extended.any() and (more < 0 or 2 * (before.cost - after.cost) > worth):
+        worth += explained_by_profiles(
+            fewer.data, fewer.weight, side, fewer.sources, np.flatnonzero(extended)
+        )
+    return worth
 
 
 def _alternatives(
@@ -281,10 +292,8 @@ def _tried(
     fits: SourceFits,
     placed: Windows,
     options: list[_Alternative],
-) -> _Trial:
+) -> list[_Fitted]:
     """Fit all alternatives."""
-    cost, power = np.full(len(options), np.inf), np.zeros(len(options))
-    sources: list[NDArray[np.float64] | None] = [None] * len(options)
     block = np.array([option.block for option in options], int)
     count = np.array([len(option.sources) for option in options], int)
     slots = np.array(SLOTS)[np.searchsorted(SLOTS, count)]
@@ -304,17 +313,23 @@ def _tried(
         row = np.repeat(np.arange(len(some.which)), count[some.which])
         data, weight = some.data[some.window], some.weight[some.window]
         result = fit_windows(field, data, weight, starts, row, some.slots, some.side, ROUGH)
-        power[some.which] = np.sum(data**2, axis=(1, 2))
         return result, _are_sources(field, result, row)
 
+    fitted: dict[int, _Fitted] = {}
     for some, (result, sound) in zip(alike, at_once(fit, alike), strict=True):
-        cost[some.which] = result.cost
-        for i, option in enumerate(some.which):
-            if sound[i]:
-                corner = np.full(count[option], block[option])
-                params = result.params[i, : count[option]]
-                sources[option] = on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
-    return _Trial(cost, power, sources)
+        for i, option in enumerate(some.which.tolist()):
+            params, window = result.params[i, : count[option]], some.window[i]
+            corner = np.full(count[option], block[option])
+            fitted[option] = _Fitted(
+                cost=float(result.cost[i]),
+                sources=params,
+                on_map=on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
+                if sound[i]
+                else None,
+                data=some.data[window],
+                weight=some.weight[window],
+            )
+    return [fitted[option] for option in range(len(options))]
 
 
 def _are_sources(field: Field, result: FitResult, row: NDArray[np.int_]) -> NDArray[np.bool_]:

@@ -17,11 +17,11 @@ from scipy.spatial import KDTree
 from hyperjax.catalog import POOR_CHI2
 from hyperjax.deblending import (
     LEAST_SNR_SQUARED,
+    MISMATCH,
     NEAR_FWHM,
     ON_BOUND,
     Peaks,
     better_sources,
-    non_gaussian,
 )
 from hyperjax.fitting import FitOptions
 from hyperjax.maps import FWHM_PER_SIGMA
@@ -289,7 +289,7 @@ def _stand_out(field: Field, fits: SourceFits, peaks: Peaks) -> NDArray[np.bool_
         np.column_stack([peaks.x, peaks.y]), k=np.arange(1, count + 1)
     )
     reach = FWHM_PER_SIGMA * fits.sigma_major + field.fwhm_pix
-    left = non_gaussian(field, fits.sigma_minor) * fits.peak
+    left = MISMATCH * fits.peak
     return np.asarray(
         np.all((distance > reach[index]) | (peaks.peak[:, None] > left[index]), axis=1)
     )

@@ -403,3 +403,22 @@ def test_the_same_map_in_other_units_has_the_same_sources(tmp_path: Path) -> Non
     one, other = extract(map).fits, extract(scaled).fits
     assert_allclose(other.peak, 1e-7 * one.peak, rtol=1e-6)
     assert_allclose(other.x, one.x, atol=1e-5)
+
+
+def test_companions_of_extended_sources_are_found(tmp_path: Path) -> None:
+    """Sources of two beams, each with a fainter one at its side, of a sixth of its peak."""
+    rng = np.random.default_rng(4)
+    places, fluxes, shapes = [], [], []
+    for x in (60.0, 150.0, 240.0):
+        for y in (60.0, 150.0, 240.0):
+            turn = rng.uniform(0, 2 * np.pi)
+            places += [(x, y), (x + 8 * np.cos(turn), y + 8 * np.sin(turn))]
+            fluxes += [0.24, 0.01]  # 60 and 10 times the noise of 1 mJy/beam
+            shapes += [(8.0, 8.0, 0.0), (4.0, 4.0, 0.0)]
+    options = {"positions": tuple(places), "fluxes": tuple(fluxes), "shapes": tuple(shapes)}
+    map, truth = made(tmp_path, noise="white", **options)
+    found = extract(map)
+    own, true = matched_rows(found, truth)
+    assert len(own) == len(found.catalog) == len(truth)
+    pull = u.Quantity((own["FLUX_TOTAL"] - true["FLUX_TOTAL"]) / own["FLUX_TOTAL_ERR"]).value
+    assert (np.abs(pull) < 5).all()
