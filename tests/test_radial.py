@@ -83,7 +83,7 @@ def test_the_profile_of_a_disc_is_explained(radius: float) -> None:
 def test_a_companion_is_not_explained() -> None:
     """Of what a Gaussian leaves of two sources, a small part is taken for a profile."""
     image = gaussian(np.array([30.0, *PLACE, 4.0, 4.0, 0.0]))
-    image += gaussian(np.array([8.0, *(PLACE + [7.0, 3.0]), 2.0, 2.0, 0.0]))
+    image += gaussian(np.array([8.0, PLACE[0] + 7, PLACE[1] + 3, 2.0, 2.0, 0.0]))
     source, left, _ = left_by_gaussian(image)
     assert 0 < explained(image, source) < 0.2 * left
 
