@@ -33,7 +33,7 @@ from hyperjax.whitened import (
     window_data,
 )
 
-NEAR_FWHM = 1.5
+NEAR_FWHM = 2.0
 """Peaks of the residual that are closer to a source belong to its neighbourhood."""
 
 LEAST_SNR_SQUARED = 5.0
@@ -46,6 +46,7 @@ MISMATCH = 0.02
 """What of a source is no Gaussian, as a share of it."""
 
 _PARAMETERS = 6
+_BEAMS = 6.0**2 * 4 * np.log(2) / np.pi  # where a source is looked at: 6 FWHM square
 _EXTENDED_MISMATCH = 0.1  # the same of an extended source, beside its radial profile
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
@@ -119,10 +120,10 @@ def better_sources(
 ) -> Verdict:
     """Put the best alternatives in the places of sources, where they are better by enough.
 
-    One source more must gain the chi^2 of a detection, 6 ln(pixels) for its parameters (the
-    Bayesian information criterion), and what sources beside it may leave that are no Gaussians. Of
-    extended ones that is also what other radial profiles would take away. Where fewer sources lose
-    less than that, they are put in place. Of alternatives that share sources the best one is.
+    One source more must gain `worth_of_one`, and what sources beside it may leave that are no
+    Gaussians. Of extended ones that is also what other radial profiles would take away. Where fewer
+    sources lose less than that, they are put in place. Of alternatives that share sources the best
+    one is.
 
     Parameters
     ----------
@@ -168,6 +169,15 @@ def better_sources(
     return _replaced(fits, ~near[own], placed, best)
 
 
+def worth_of_one(threshold: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Chi^2 that a source must gain: that of a detection, and the price of its parameters.
+
+    That is the Bayesian information criterion (Schwarz 1978, Ann. Stat. 6, 461) of six parameters
+    for as many measurements as there are beams where the source is looked at.
+    """
+    return np.asarray(threshold**2 + _PARAMETERS * np.log(_BEAMS))
+
+
 def _worth(
     field: Field,
     side: int,
@@ -189,14 +199,14 @@ def _worth(
     if more < 0 and stays.any():
         strength = strength[stays]
     elif more < 0:  # one in the place of all
-        strength = np.sqrt([np.sum(before.data**2) - 2 * before.cost])
+        strength = np.sqrt([max(np.sum(before.data**2) - 2 * before.cost, 0.0)])
     changed = np.vstack([present[~stays], option.sources[~same.any(axis=0)]])[:, 1:3]
     away = np.linalg.norm(fewer.sources[:, None, 1:3] - changed, axis=2).min(axis=1)
     near = away <= FWHM_PER_SIGMA * fewer.sources[:, 3] + field.fwhm_pix
     extended = near & (fewer.sources[:, 4] > _EXTENDED * field.sigma_pix)
     share = np.where(extended, _EXTENDED_MISMATCH, MISMATCH)
-    parameters = field.config.detection.sigma_thres**2 + _PARAMETERS * np.log(side**2)
-    worth = abs(more) * parameters + float(np.sum((share * strength)[near] ** 2))
+    worth = abs(more) * float(worth_of_one(field.config.detection.sigma_thres))
+    worth += float(np.sum((share * strength)[near] ** 2))
     if extended.any() and (more < 0 or 2 * (before.cost - after.cost) > worth):
         worth += explained_by_profiles(
             fewer.data, fewer.weight, side, fewer.sources, np.flatnonzero(extended)
@@ -232,7 +242,7 @@ def _alternatives(
                 yield _Alternative(index, np.vstack([rest, halves(present[slot], field)]))
             if len(members) > 1:
                 yield _Alternative(index, rest)
-        if fresh and len(members) > 2:
+        if fresh and len(members) > 2 and present[:, 0].any():
             yield _Alternative(index, merged(present))
         for new in near[order[ends[index] : ends[index + 1]]]:
             added = _in_window(peaks, int(new), field, noise, placed, index)

@@ -5,6 +5,7 @@ block), and each block gets a square window whose side is one of a few sizes, so
 fits have to be compiled.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -50,12 +51,26 @@ class Windows(NamedTuple):
     margin: float
 
 
+def pairs_closer(
+    x: NDArray[np.float64], y: NDArray[np.float64], reach: float | NDArray[np.float64]
+) -> NDArray[np.int_]:
+    """Pairs (k, 2) of sources closer than the sum of their reaches: one of all, or each its own."""
+    if len(x) == 0:
+        return np.zeros((0, 2), int)
+    reach = np.broadcast_to(reach, len(x))
+    places = np.column_stack([x, y])
+    pairs = KDTree(places).query_pairs(2 * reach.max(), output_type="ndarray").reshape(-1, 2)
+    first, second = pairs.T
+    away = np.linalg.norm(places[first] - places[second], axis=1)
+    return np.asarray(pairs[away <= reach[first] + reach[second]])
+
+
 def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDArray[np.int_]:
     """Label the groups of the transitive closure of "closer than `distance`", numbered from 0."""
     n = len(x)
     if n == 0:
         return np.zeros(0, int)
-    pairs = KDTree(np.column_stack([x, y])).query_pairs(distance, output_type="ndarray")
+    pairs = pairs_closer(x, y, distance / 2)
     links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
     return connected_components(links, directed=False)[1].astype(int)
 
@@ -73,10 +88,22 @@ def blocks(
     return [block for group in groups for block in _cut(group, x, y)]
 
 
-def turns(members: list[NDArray[np.int_]], labels: NDArray[np.int_]) -> NDArray[np.int_]:
-    """When each block of `blocks` is fitted: those of one group one after another, from 0."""
-    group = np.array([labels[block[0]] for block in members], int)
-    return np.arange(len(group)) - np.searchsorted(group, group)
+def turns(members: list[NDArray[np.int_]], pairs: NDArray[np.int_]) -> NDArray[np.int_]:
+    """When each block is fitted, from 0: not with one that has the other source of one of `pairs`.
+
+    So what goes back and forth between blocks converges (a Gauss-Seidel iteration), which it would
+    not where all are fitted at the same time and their sources overlap by much.
+    """
+    block = np.zeros(sum(len(own) for own in members), int)
+    for index, own in enumerate(members):
+        block[own] = index
+    sides = np.unique(np.sort(block[pairs], axis=1), axis=0)
+    before = {later: sides[sides[:, 1] == later, 0] for later in np.unique(sides[:, 1])}
+    turn = np.zeros(len(members), int)
+    for index in range(len(members)):
+        taken = {int(turn[other]) for other in before.get(index, ()) if other != index}
+        turn[index] = next(free for free in itertools.count() if free not in taken)
+    return turn
 
 
 def neighbourhoods(

@@ -24,6 +24,7 @@ from hyperjax.groups import (
     in_chunks,
     link,
     members_of,
+    pairs_closer,
     turns,
     windows,
     within_reach,
@@ -124,7 +125,7 @@ def model_sources(
         remainder = data if known is None else data - render_sources(data.shape, known)
         separate = separate_backgrounds(remainder, rms, placed, x, y, fwhm_pix, config)
 
-    turn = turns(placed.members, group)
+    turn = turns(placed.members, pairs_closer(x, y, options.group_distance_fwhm * fwhm_pix / 2))
     before = None if known is None else _with_new(known, start)
     sweeps = [(_highest_order(config),)] * (1 if known is None else options.sweeps - 1)
     for tried in sweeps if known is None else [*sweeps, _joint_orders(config)]:

@@ -22,6 +22,7 @@ from hyperjax.deblending import (
     ON_BOUND,
     Peaks,
     better_sources,
+    worth_of_one,
 )
 from hyperjax.fitting import FitOptions
 from hyperjax.maps import FWHM_PER_SIGMA
@@ -37,6 +38,7 @@ from hyperjax.whitened import (
     first_noise,
     fit_new,
     is_cut,
+    significance,
     sweep,
     updated_noise,
     waves_of,
@@ -177,17 +179,32 @@ def _searched(
 
 
 def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
-    """Whether the total flux of each source is significant.
+    """Whether each source is significant.
 
-    An isolated source must reach the threshold; members of a group were compared with what their
-    group is without them. Where a fit leaves more than noise, errors count as larger by that.
+    An isolated source must reach the threshold with its total flux. Or its chi^2 must be worth a
+    source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
+    of sources that are there without a doubt. Members of a group were compared with what it is
+    without them; of those that are not significant only the faintest is none: without it the others
+    may be. Where a fit leaves more than noise, errors count as larger by that.
     """
     flux, error = model_flux(fits)
     ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
     least = np.where(fits.group_size > 1, 0.0, threshold)
     poor = fits.chi2_red > POOR_CHI2
     least = np.where(poor, threshold * np.sqrt(np.where(poor, fits.chi2_red, 1)), least)
-    return np.asarray((ratio >= least) & (ratio**2 > LEAST_SNR_SQUARED) & ~_is_halo(field, fits))
+    reached = (ratio >= least) | (significance(fits) ** 2 >= worth_of_one(least))
+    faint = ~reached | (ratio**2 <= LEAST_SNR_SQUARED)
+    return ~(_first_of_groups(faint, ratio, fits.group) | _is_halo(field, fits))
+
+
+def _first_of_groups(
+    some: NDArray[np.bool_], ratio: NDArray[np.float64], group: NDArray[np.int_]
+) -> NDArray[np.bool_]:
+    """Of some sources (n,) the one of the smallest ratio in each group."""
+    out = np.zeros(len(some), bool)
+    order = np.flatnonzero(some)[np.argsort(ratio[some], kind="stable")]
+    out[order[np.unique(group[order], return_index=True)[1]]] = True
+    return out
 
 
 def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:

@@ -28,6 +28,7 @@ from hyperjax.groups import (
     members_of,
     neighbourhoods,
     overlap,
+    pairs_closer,
     turns,
     windows,
 )
@@ -56,6 +57,7 @@ SLOTS = (1, 2, 4, 8, 16)
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
 _MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
+_SURROUNDINGS_FWHM = 3.0  # the same where a source more may be at the side
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
 _CLIP_SIGMA = 3.0  # of pixels, before the sources are known
@@ -175,18 +177,22 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
     """Link the sources and put windows round their blocks."""
     group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
     members = blocks(group, fits.x, fits.y)
-    return Layout(group, _placed(field, fits, members), turns(members, group))
+    size = np.maximum(FWHM_PER_SIGMA * fits.sigma_major, field.fwhm_pix)
+    overlapping = pairs_closer(fits.x, fits.y, _LINK_FWHM * size / 2)
+    return Layout(group, _placed(field, fits, members, _MARGIN_FWHM), turns(members, overlapping))
 
 
 def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.int_]]:
     """Windows round each source and its nearest neighbours, and which of them is whose (n,)."""
     distance = _LINK_FWHM * field.fwhm_pix
     members, own = neighbourhoods(fits.x, fits.y, distance, _MOST_NEIGHBOURS)
-    return _placed(field, fits, members), own
+    return _placed(field, fits, members, _SURROUNDINGS_FWHM), own
 
 
-def _placed(field: Field, fits: SourceFits, members: list[NDArray[np.int_]]) -> Windows:
-    margin = _MARGIN_FWHM * field.fwhm_pix
+def _placed(
+    field: Field, fits: SourceFits, members: list[NDArray[np.int_]], margin_fwhm: float
+) -> Windows:
+    margin = margin_fwhm * field.fwhm_pix
     return windows(members, fits.x, fits.y, margin, least=_LEAST_SIDE, kinds=SLOTS)
 
 
@@ -540,7 +546,7 @@ def sweep(
     left: NDArray[np.float64] | None = None,
     among: NDArray[np.bool_] | None = None,
 ) -> Swept:
-    """Fit all blocks to what the other sources leave; blocks of one group in turns.
+    """Fit all blocks to what the other sources leave; in turns those whose sources overlap.
 
     Or only the blocks that have one of some sources, where these are named. What the sources leave
     of the map as they are (`filtered`) may be given.

@@ -20,6 +20,7 @@ from hyperjax.groups import (
     link,
     neighbourhoods,
     overlap,
+    pairs_closer,
     turns,
     windows,
     within_reach,
@@ -120,17 +121,38 @@ def test_a_large_group_is_cut_at_its_widest_gaps() -> None:
     assert sorted(sorted(block.tolist()) for block in members) == rows
 
 
-def test_the_blocks_of_a_group_are_fitted_in_turns() -> None:
-    """Those of different groups at the same time."""
-    x, y = scattered(60, 40.0)
-    group = np.repeat([0, 1, 2], [40, 2, 18])
-    members = blocks(group, x, y)
-    turn = turns(members, group)
-    for label in range(3):
-        own = [t for t, block in zip(turn, members, strict=True) if group[block[0]] == label]
-        assert sorted(own) == list(range(len(own)))
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_whose_sources_are_near_each_other_are_fitted_in_turns(seed: int) -> None:
+    """No two of a turn have a pair; and no block could have had an earlier turn."""
+    x, y = scattered(300, 300.0, seed)
+    reach = np.random.default_rng(seed).uniform(2.0, 12.0, 300)
+    members = blocks(link(x, y, 10.0), x, y)
+    turn = turns(members, pairs_closer(x, y, reach))
     assert turn.max() >= 2
-    assert turns([], np.zeros(0, int)).shape == (0,)
+    for index, block in enumerate(members):
+        others = [
+            turn[other]
+            for other, their in enumerate(members[:index])
+            if (
+                np.hypot(x[block, None] - x[their], y[block, None] - y[their])
+                <= reach[block, None] + reach[their]
+            ).any()
+        ]
+        assert turn[index] == min(set(range(len(members))) - set(others))
+
+
+def test_without_pairs_all_blocks_are_fitted_at_once() -> None:
+    members = [np.array([0, 2]), np.array([1])]
+    assert_array_equal(turns(members, np.array([[0, 2]])), [0, 0])
+    assert_array_equal(turns(members, np.zeros((0, 2), int)), [0, 0])
+    assert turns([], np.zeros((0, 2), int)).shape == (0,)
+
+
+def test_pairs_are_closer_than_the_sum_of_their_reaches() -> None:
+    x, y = np.array([0.0, 3.0, 10.0]), np.zeros(3)
+    assert_array_equal(pairs_closer(x, y, 1.5), [[0, 1]])
+    assert_array_equal(np.sort(pairs_closer(x, y, np.array([1.0, 1.9, 6.0])), axis=0), [[1, 2]])
+    assert pairs_closer(x[:0], y[:0], 1.5).shape == (0, 2)
 
 
 # --- windows -------------------------------------------------------------------------------------
