@@ -39,6 +39,11 @@ COMMON = {
 }
 CROWD = {"n_sources": 300, "min_separation_beams": 0.8, "blend_fraction": 0.3}
 
+EXTENDED = {
+    **{"n_sources": 120, "min_separation_beams": 1.5, "blend_fraction": 0.4},
+    **{"snr_range": (4.0, 200.0), "size_range": (1.0, 2.5)},
+}
+
 
 def grid(beams: float, count: int, fwhm: float = 4.0) -> dict[str, Any]:
     """So many sources in rows and columns, so many beams apart."""
@@ -85,6 +90,8 @@ CASES = {
     "white, 190 sources 1.5 to 2.5 beams apart": Case(
         {"n_sources": 190, "min_separation_beams": 1.5, "blend_fraction": 0.8}
     ),
+    "white, 120 sources of 1 to 2.5 beams, 40 % in blends": Case(EXTENDED),
+    "beam-shaped, 120 sources of 1 to 2.5 beams, 40 % in blends": Case(EXTENDED | BEAM),
     "white, a grid 4 beams apart": Case(grid(4, 11)),
     "white, a grid 2.5 beams apart": Case(grid(2.5, 11)),
     "white, faint": Case({"n_sources": 80, "snr_range": (3.0, 10.0)}),

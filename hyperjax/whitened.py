@@ -177,7 +177,7 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
     """Link the sources and put windows round their blocks."""
     group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
     members = blocks(group, fits.x, fits.y)
-    size = np.maximum(FWHM_PER_SIGMA * fits.sigma_major, field.fwhm_pix)
+    size = np.maximum(FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor), field.fwhm_pix)
     overlapping = pairs_closer(fits.x, fits.y, _LINK_FWHM * size / 2)
     return Layout(group, _placed(field, fits, members, _MARGIN_FWHM), turns(members, overlapping))
 
