@@ -14,6 +14,7 @@ from hyperjax.background import mosaic
 from hyperjax.catalog import build_catalog, with_poor_fits
 from hyperjax.config import Config
 from hyperjax.covariance import GroupCovariance, block_covariances, group_covariances
+from hyperjax.deblending import Peaks, worth_of_one
 from hyperjax.detection import (
     Detections,
     HighPass,
@@ -160,6 +161,8 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         if unusable is not None:
             catalog.meta["rms_map_not_used"] = unusable
         catalog.meta["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
+        if measured.peaks_left is not None:
+            catalog.meta["residual_peaks"] = measured.peaks_left
     if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
             logger.info("%s: %s", map.name, line)
@@ -200,8 +203,8 @@ class _Measured:
     """Sources of a map, in either way, and what they were found in and leave of it.
 
     `correlation` is that of the residual, as it is told, and `summed` that which errors of sums
-    over apertures take. `covariances` takes the row in the catalogue of each source. See
-    `Extraction` for the images.
+    over apertures take. `covariances` takes the row in the catalogue of each source. `peaks_left`
+    counts the peaks of the residual that are in no source. See `Extraction` for the images.
     """
 
     fits: SourceFits
@@ -215,6 +218,7 @@ class _Measured:
     noise_model: str
     covariances: Callable[[NDArray[np.int_]], list[GroupCovariance] | None]
     separate: NDArray[np.float64] | None = None
+    peaks_left: int | None = None
 
 
 def _is_weighed_by_noise(config: Config) -> bool:
@@ -261,6 +265,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         )
         return None
     fits, noise = sources.fits, sources.noise
+    _tell_of_peaks(map, sources.peaks, config.detection.sigma_thres)
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
         size = least_filter_size(map.beam_fwhm_pix)
@@ -283,6 +288,7 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         correlation=correlation,
         summed=noise.spectrum.correlation(size, math.ceil(_REACH_FWHM * map.beam_fwhm_pix)),
         noise_model="correlated",
+        peaks_left=len(sources.peaks.x),
         covariances=functools.partial(block_covariances, sources.blocks),
     )
 
@@ -296,6 +302,25 @@ def _spectral_filter(map: Map) -> int | None:
     if fwhm < _LEAST_FWHM or segment < _SEGMENT_FWHM * fwhm:
         return None
     return 2 * int(_SPECTRAL_FILTER_FWHM / 2 * fwhm) + 1
+
+
+def _tell_of_peaks(map: Map, peaks: Peaks, threshold: float) -> None:
+    """Say which peaks are in no source: as a warning, if one is worth a source."""
+    if not len(peaks.x):
+        return
+    brightest = int(np.argmax(peaks.snr))
+    is_worth = peaks.snr[brightest] ** 2 >= worth_of_one(threshold)
+    logger.log(
+        logging.WARNING if is_worth else logging.INFO,
+        "%s: %s of %g sigma or more in the residual, in no source that fits; the highest, of %.1f "
+        "sigma, is at pixel (%.1f, %.1f)",
+        map.name,
+        counted(len(peaks.x), "peak"),
+        threshold,
+        peaks.snr[brightest],
+        peaks.x[brightest],
+        peaks.y[brightest],
+    )
 
 
 def _warn_of_white(map: Map, why: str) -> None:

@@ -33,6 +33,7 @@ from hyperjax.whitened import (
     ROUGH,
     Field,
     Noise,
+    Swept,
     filled_in,
     filtered,
     first_noise,
@@ -62,11 +63,15 @@ _RING = 0.2  # of the source: their brightness
 
 
 class Found(NamedTuple):
-    """Sources of a map, the covariances of their blocks, and the noise that they were found in."""
+    """Sources of a map, the covariances of their blocks, and the noise that they were found in.
+
+    And the peaks above the threshold that are in no source, nor beside one that fits poorly.
+    """
 
     fits: SourceFits
     blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
     noise: Noise
+    peaks: Peaks
 
 
 def find_sources(field: Field) -> Found | None:
@@ -108,7 +113,7 @@ def find_sources(field: Field) -> Found | None:
             wary = False
         elif number and changes == 0:
             if keep.all() and not (moving | is_cut(field, fits)).any():
-                return Found(*swept, noise)
+                return _found(field, noise, swept)
             break
     return _settled(field, noise, fits, options)
 
@@ -130,8 +135,26 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
         if not moving.any() or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
-            return Found(*swept, noise)
+            return _found(field, noise, swept)
         fits = swept.fits
+
+
+def _found(field: Field, noise: Noise, swept: Swept) -> Found:
+    """The sources as they are, and what is left of the map."""
+    fits = swept.fits
+    peaks = find_peaks(
+        field, noise, waves_of(noise, filtered(field, fits)), field.config.detection.sigma_thres
+    )
+    poor = fits.take(np.flatnonzero(fits.chi2_red > POOR_CHI2))
+    if len(poor.x):
+        away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
+        peaks = peaks.take(np.flatnonzero(np.all(away > _reach(field, poor), axis=1)))
+    return Found(*swept, noise, peaks)
+
+
+def _reach(field: Field, fits: SourceFits) -> NDArray[np.float64]:
+    """How far from each source (n,) something of it may be left: its major FWHM and the beam's."""
+    return FWHM_PER_SIGMA * fits.sigma_major + field.fwhm_pix
 
 
 def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
@@ -305,7 +328,7 @@ def _stand_out(field: Field, fits: SourceFits, peaks: Peaks) -> NDArray[np.bool_
     distance, index = KDTree(_positions(fits)).query(
         np.column_stack([peaks.x, peaks.y]), k=np.arange(1, count + 1)
     )
-    reach = FWHM_PER_SIGMA * fits.sigma_major + field.fwhm_pix
+    reach = _reach(field, fits)
     left = MISMATCH * fits.peak
     return np.asarray(
         np.all((distance > reach[index]) | (peaks.peak[:, None] > left[index]), axis=1)

@@ -20,7 +20,7 @@ from hyperjax.fitting import FitOptions
 from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import Simulation, simulate, write_simulation
-from hyperjax.whitened import Field, filtered, first_noise, updated_noise
+from hyperjax.whitened import Field, Noise, Swept, filtered, first_noise, updated_noise
 
 TRUTH_OF = {
     "FLUX_TOTAL": "FLUX_TOTAL",
@@ -439,3 +439,46 @@ def test_companions_of_extended_sources_are_found(tmp_path: Path) -> None:
     assert len(own) == len(found.catalog) == len(truth)
     pull = u.Quantity((own["FLUX_TOTAL"] - true["FLUX_TOTAL"]) / own["FLUX_TOTAL_ERR"]).value
     assert (np.abs(pull) < 5).all()
+
+
+def test_what_is_left_above_the_threshold_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of peaks in no source there is a warning, unless a source beside them fits poorly anyway."""
+    map, _ = made(tmp_path, n_sources=12, min_separation_beams=5.0, snr_range=(30, 60))
+    assert extract(map).catalog.meta["residual_peaks"] == 0
+    assert not caplog.records
+    as_it_is, lost = search._found, {}
+
+    def without_one(field: Field, noise: Noise, swept: Swept) -> search.Found:
+        lost["place"] = swept.fits.x[3], swept.fits.y[3]
+        fits = swept.fits.take(np.flatnonzero(np.arange(12) != 3))
+        return as_it_is(field, noise, swept._replace(fits=fits))
+
+    monkeypatch.setattr(search, "_found", without_one)
+    count = extract(map).catalog.meta["residual_peaks"]
+    assert count > 0
+    (record,) = caplog.records
+    assert f"{count} peak" in record.message
+    assert "of 5 sigma or more in the residual" in record.message
+    place = [float(value) for value in record.message.split("pixel (")[1].rstrip(")").split(", ")]
+    assert np.hypot(*np.subtract(place, lost["place"])) < 1
+
+
+def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> None:
+    """The flag tells it. Without the flag, peaks all round a disc would be in no source."""
+    shape = (400, 400)
+    made(tmp_path, shape=shape, beam_fwhm_pix=5.0, n_sources=12, snr_range=(20, 40))
+    y, x = np.indices(shape)
+    with fits.open(tmp_path / "map.fits", mode="update") as hdus:
+        data = hdus[0].data
+        data += 300 * mad_std(data) * lump("disc", np.hypot(x - 200.0, y - 190.0), 5.0)
+    map = read_map(tmp_path / "map.fits")
+    (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
+    field = Field(map.data, (xx, xy, yy), 51, config_from_dict({}))
+    found = search.find_sources(field)
+    assert found is not None
+    fine = found.fits._replace(chi2_red=np.ones(len(found.fits.x)))
+    left = search._found(field, found.noise, Swept(fine, found.blocks)).peaks
+    assert (np.hypot(left.x - 200, left.y - 190) < 16).any()
+    assert not (np.hypot(found.peaks.x - 200, found.peaks.y - 190) < 16).any()
