@@ -70,7 +70,7 @@ class FLAGS(IntFlag):
     STEP_LIMIT = 32, "the fit used up its number of steps"
     NEAR_EDGE = 64, "closer than its major FWHM to the edge of the image"
     BLANK_PIXELS = 128, "part of the aperture is blank or outside the image"
-    BLENDED = 256, "fitted together with at least one other source"
+    BLENDED = 256, "fitted together with another source, or overlaps one"
     SHOULDER = 512, "asymmetric surroundings: may be a bump on the flank of a brighter source"
     NO_COVARIANCE = 1024, "the fit has no covariance; errors that need it are NaN"
     NO_DATA = 2048, "no valid pixel in the aperture"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from hyperjax.catalog import POOR_CHI2
+from hyperjax.catalog import FLAGS, POOR_CHI2
 from hyperjax.deblending import (
     LEAST_SNR_SQUARED,
     MISMATCH,
@@ -39,6 +39,7 @@ from hyperjax.whitened import (
     first_noise,
     fit_new,
     is_cut,
+    overlapping,
     significance,
     sweep,
     updated_noise,
@@ -140,8 +141,9 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
 
 
 def _found(field: Field, noise: Noise, swept: Swept) -> Found:
-    """The sources as they are, and what is left of the map."""
+    """The sources as they are, those that overlap with a flag, and what is left of the map."""
     fits = swept.fits
+    fits.flags[overlapping(field, fits).ravel()] |= FLAGS.BLENDED
     peaks = find_peaks(
         field, noise, waves_of(noise, filtered(field, fits)), field.config.detection.sigma_thres
     )

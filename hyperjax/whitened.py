@@ -177,9 +177,14 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
     """Link the sources and put windows round their blocks."""
     group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
     members = blocks(group, fits.x, fits.y)
-    size = np.maximum(FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor), field.fwhm_pix)
-    overlapping = pairs_closer(fits.x, fits.y, _LINK_FWHM * size / 2)
-    return Layout(group, _placed(field, fits, members, _MARGIN_FWHM), turns(members, overlapping))
+    turn = turns(members, overlapping(field, fits))
+    return Layout(group, _placed(field, fits, members, _MARGIN_FWHM), turn)
+
+
+def overlapping(field: Field, fits: SourceFits) -> NDArray[np.int_]:
+    """Pairs (k, 2) of sources that are closer than linked ones are; larger ones, in proportion."""
+    size = FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor)
+    return pairs_closer(fits.x, fits.y, _LINK_FWHM * np.maximum(size, field.fwhm_pix) / 2)
 
 
 def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.int_]]:

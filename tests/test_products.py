@@ -84,7 +84,7 @@ def make_catalog(n=3, wcs=None, name="M1"):
         "creator": "hyperjax",
         "recommended": "FLUX_TOTAL for total flux densities " * 3,
         "maps": [{"name": name, "beam_major_arcsec": 10.0}],
-        "flags": {"BLENDED (256)": "fitted together with at least one other source"},
+        "flags": {"BLENDED (256)": "fitted together with another source, or overlaps one"},
     }
     return catalog
 

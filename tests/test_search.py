@@ -482,3 +482,15 @@ def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> Non
     left = search._found(field, found.noise, Swept(fine, found.blocks)).peaks
     assert (np.hypot(left.x - 200, left.y - 190) < 16).any()
     assert not (np.hypot(found.peaks.x - 200, found.peaks.y - 190) < 16).any()
+
+
+def test_large_sources_that_overlap_are_flagged_as_blended(tmp_path: Path) -> None:
+    """Three beams apart: sources of two beams overlap there, and those of the beam do not."""
+    places = ((60.0, 60.0), (72.0, 60.0), (60.0, 140.0), (72.0, 140.0))
+    shapes = ((8.0, 7.6, 0.0),) * 2 + ((4.3, 4.2, 0.0),) * 2
+    sources = {"positions": places, "fluxes": (0.3, 0.3, 0.1, 0.1), "shapes": shapes}
+    map, truth = made(tmp_path, shape=(200, 200), noise="white", beam_fwhm_pix=4.0, **sources)
+    found, true = matched_rows(extract(map), truth)
+    assert len(found) == 4
+    blended = (found["FLAGS"] & FLAGS.BLENDED) > 0
+    assert list(blended) == [True, True, False, False]
