@@ -99,6 +99,9 @@ CASES = {
     "1/f, faint": Case({"noise": "1/f", "n_sources": 80, "snr_range": (3.0, 10.0)}),
     "white, no source": Case({"n_sources": 0}),
     "beam-shaped, no source": Case(BEAM | {"n_sources": 0}),
+    "beam-shaped, beam of 5 pixels, axis ratio 0.6, no source": Case(
+        BEAM | {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0, "n_sources": 0}
+    ),
     "1/f, no source": Case({"noise": "1/f", "n_sources": 0}),
     "white, no source; blank border and holes": Case(
         {"n_sources": 0, "border_pix": 20, "n_holes": 6}

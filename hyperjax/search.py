@@ -27,7 +27,7 @@ from hyperjax.deblending import (
 from hyperjax.fitting import FitOptions
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
-from hyperjax.sources import SourceFits
+from hyperjax.sources import SourceFits, nearest_values
 from hyperjax.spectrum import Waves
 from hyperjax.whitened import (
     ROUGH,
@@ -59,6 +59,7 @@ _NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
 _SWEEPS = 8  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
+_EDGE_FWHM = 2.0  # of the beam: peaks that are closer to an edge may be its work
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
 
@@ -66,7 +67,8 @@ _RING = 0.2  # of the source: their brightness
 class Found(NamedTuple):
     """Sources of a map, the covariances of their blocks, and the noise that they were found in.
 
-    And the peaks above the threshold that are in no source, nor beside one that fits poorly.
+    And the peaks above the threshold that are in no source, nor beside one that fits poorly, nor at
+    an edge.
     """
 
     fits: SourceFits
@@ -151,6 +153,8 @@ def _found(field: Field, noise: Noise, swept: Swept) -> Found:
     if len(poor.x):
         away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
         peaks = peaks.take(np.flatnonzero(np.all(away > _reach(field, poor), axis=1)))
+    whole = nearest_values(field.depth, peaks.x, peaks.y) > _EDGE_FWHM * field.fwhm_pix
+    peaks = peaks.take(whole)
     return Found(*swept, noise, peaks)
 
 
@@ -208,16 +212,19 @@ def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.b
 
     An isolated source must reach the threshold with its total flux. Or its chi^2 must be worth a
     source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
-    of sources that are there without a doubt. Members of a group were compared with what it is
-    without them; of those that are not significant only the faintest is none: without it the others
-    may be. Where a fit leaves more than noise, errors count as larger by that.
+    of sources that are there without a doubt. (Not at an edge, beyond which noise is continued by
+    its mirror image: where it has directions it is another one there.) Members of a group were
+    compared with what it is without them; of those that are not significant only the faintest is
+    none: without it the others may be. Where a fit leaves more than noise, errors count as larger
+    by that.
     """
     flux, error = model_flux(fits)
     ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
     least = np.where(fits.group_size > 1, 0.0, threshold)
     poor = fits.chi2_red > POOR_CHI2
     least = np.where(poor, threshold * np.sqrt(np.where(poor, fits.chi2_red, 1)), least)
-    reached = (ratio >= least) | (significance(fits) ** 2 >= worth_of_one(least))
+    inside = nearest_values(field.depth, fits.x, fits.y) > FWHM_PER_SIGMA * fits.sigma_major
+    reached = (ratio >= least) | inside & (significance(fits) ** 2 >= worth_of_one(least))
     faint = ~reached | (ratio**2 <= LEAST_SNR_SQUARED)
     return ~(_first_of_groups(faint, ratio, fits.group) | _is_halo(field, fits))
 

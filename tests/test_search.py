@@ -132,6 +132,17 @@ def test_noise_alone_has_no_sources(noise: str, tmp_path: Path) -> None:
         assert len(extract(map).catalog) == 0
 
 
+def test_edges_make_no_sources_where_noise_has_directions(tmp_path: Path) -> None:
+    """There three rows of this map were none, with a chi^2 of 8 to 15 sigma."""
+    options = {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0, "noise": "beam"}
+    options |= {"snr_range": (5.0, 80.0), "min_separation_beams": 4.0, "n_sources": 60}
+    options |= {"gradient": 0.0, "structure": 0.0, "shape": (400, 400), "seed": 206}
+    map, truth = made(tmp_path, **options)
+    found = extract(map)
+    assert len(found.catalog) == len(matched_rows(found, truth)[0]) > 50
+    assert found.catalog.meta["residual_peaks"] < 5
+
+
 def test_two_sources_closer_than_the_beam_are_told_apart(tmp_path: Path) -> None:
     options = {"noise": "white", "beam_fwhm_pix": 5.0, "shape": (200, 200), "rms_mjy_beam": 1.0}
     places, flux = ((60.0, 60.0), (64.0, 61.0), (140.0, 130.0), (140.0, 134.2)), 0.1
@@ -490,7 +501,7 @@ def test_large_sources_that_overlap_are_flagged_as_blended(tmp_path: Path) -> No
     shapes = ((8.0, 7.6, 0.0),) * 2 + ((4.3, 4.2, 0.0),) * 2
     sources = {"positions": places, "fluxes": (0.3, 0.3, 0.1, 0.1), "shapes": shapes}
     map, truth = made(tmp_path, shape=(200, 200), noise="white", beam_fwhm_pix=4.0, **sources)
-    found, true = matched_rows(extract(map), truth)
+    found, _ = matched_rows(extract(map), truth)
     assert len(found) == 4
     blended = (found["FLAGS"] & FLAGS.BLENDED) > 0
     assert list(blended) == [True, True, False, False]
