@@ -55,6 +55,7 @@ SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
+_OVERLAP_SIZES = 1.5  # mean FWHM of two sources: closer ones are fitted in turns
 _MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _SURROUNDINGS_FWHM = 3.0  # the same where a source more may be at the side
@@ -182,9 +183,10 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
 
 
 def overlapping(field: Field, fits: SourceFits) -> NDArray[np.int_]:
-    """Pairs (k, 2) of sources that are closer than linked ones are; larger ones, in proportion."""
+    """Pairs (k, 2) of sources that are linked, or closer than one and a half times their size."""
     size = FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor)
-    return pairs_closer(fits.x, fits.y, _LINK_FWHM * np.maximum(size, field.fwhm_pix) / 2)
+    reach = np.maximum(_OVERLAP_SIZES * size, _LINK_FWHM * field.fwhm_pix) / 2
+    return pairs_closer(fits.x, fits.y, reach)
 
 
 def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.int_]]:

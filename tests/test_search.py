@@ -496,8 +496,8 @@ def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> Non
 
 
 def test_large_sources_that_overlap_are_flagged_as_blended(tmp_path: Path) -> None:
-    """Three beams apart: sources of two beams overlap there, and those of the beam do not."""
-    places = ((60.0, 60.0), (72.0, 60.0), (60.0, 140.0), (72.0, 140.0))
+    """2.6 beams apart: sources of two beams overlap there, and those of the beam do not."""
+    places = ((60.0, 60.0), (70.5, 60.0), (60.0, 140.0), (70.5, 140.0))
     shapes = ((8.0, 7.6, 0.0),) * 2 + ((4.3, 4.2, 0.0),) * 2
     sources = {"positions": places, "fluxes": (0.3, 0.3, 0.1, 0.1), "shapes": shapes}
     map, truth = made(tmp_path, shape=(200, 200), noise="white", beam_fwhm_pix=4.0, **sources)
