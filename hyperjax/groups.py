@@ -57,12 +57,12 @@ def pairs_closer(
     """Pairs (k, 2) of sources closer than the sum of their reaches: one of all, or each its own."""
     if len(x) == 0:
         return np.zeros((0, 2), int)
-    reach = np.broadcast_to(reach, len(x))
+    own = np.nan_to_num(np.broadcast_to(reach, len(x)))
     places = np.column_stack([x, y])
-    pairs = KDTree(places).query_pairs(2 * reach.max(), output_type="ndarray").reshape(-1, 2)
+    pairs = KDTree(places).query_pairs(2 * own.max(), output_type="ndarray").reshape(-1, 2)
     first, second = pairs.T
     away = np.linalg.norm(places[first] - places[second], axis=1)
-    return np.asarray(pairs[away <= reach[first] + reach[second]])
+    return np.asarray(pairs[away <= own[first] + own[second]])
 
 
 def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDArray[np.int_]:

@@ -204,7 +204,7 @@ class _Measured:
 
     `correlation` is that of the residual, as it is told, and `summed` that which errors of sums
     over apertures take. `covariances` takes the row in the catalogue of each source. `peaks_left`
-    counts the peaks of the residual that are in no source. See `Extraction` for the images.
+    counts the peaks that are left in the residual. See `Extraction` for the images.
     """
 
     fits: SourceFits
@@ -305,15 +305,15 @@ def _spectral_filter(map: Map) -> int | None:
 
 
 def _tell_of_peaks(map: Map, peaks: Peaks, threshold: float) -> None:
-    """Say which peaks are in no source: as a warning, if one is worth a source."""
+    """Say which peaks are left in the residual: as a warning, if one is worth a source."""
     if not len(peaks.x):
         return
     brightest = int(np.argmax(peaks.snr))
     is_worth = peaks.snr[brightest] ** 2 >= worth_of_one(threshold)
     logger.log(
         logging.WARNING if is_worth else logging.INFO,
-        "%s: %s of %g sigma or more in the residual, in no source that fits; the highest, of %.1f "
-        "sigma, is at pixel (%.1f, %.1f)",
+        "%s: %s of %g sigma or more left in the residual; the highest, of %.1f sigma, is at pixel "
+        "(%.1f, %.1f)",
         map.name,
         counted(len(peaks.x), "peak"),
         threshold,

@@ -59,6 +59,7 @@ _NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
 _SWEEPS = 8  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
+_RINGS = 2.5  # of the reach of a poor fit: where whitening makes rings of what it leaves
 _EDGE_FWHM = 2.0  # of the beam: peaks that are closer to an edge may be its work
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
@@ -67,8 +68,8 @@ _RING = 0.2  # of the source: their brightness
 class Found(NamedTuple):
     """Sources of a map, the covariances of their blocks, and the noise that they were found in.
 
-    And the peaks above the threshold that are in no source, nor beside one that fits poorly, nor at
-    an edge.
+    And the peaks above the threshold that are left in the residual, but for those round sources
+    that fit poorly and at edges.
     """
 
     fits: SourceFits
@@ -152,7 +153,8 @@ def _found(field: Field, noise: Noise, swept: Swept) -> Found:
     poor = fits.take(np.flatnonzero(fits.chi2_red > POOR_CHI2))
     if len(poor.x):
         away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
-        peaks = peaks.take(np.flatnonzero(np.all(away > _reach(field, poor), axis=1)))
+        reach = _RINGS * _reach(field, poor)
+        peaks = peaks.take(np.flatnonzero(np.all(away > reach, axis=1)))
     whole = nearest_values(field.depth, peaks.x, peaks.y) > _EDGE_FWHM * field.fwhm_pix
     peaks = peaks.take(whole)
     return Found(*swept, noise, peaks)
@@ -208,25 +210,36 @@ def _searched(
 
 
 def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
-    """Whether each source is significant.
+    """Whether each source is one: significant, and no part of what a brighter one leaves.
+
+    Of those of a group that are not significant only the faintest is none: without it the others,
+    fitted anew, may be.
+    """
+    flux, error = model_flux(fits)
+    ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
+    faint = ~_is_significant(field, fits, threshold)
+    return ~(_first_of_groups(faint, ratio, fits.group) | _is_halo(field, fits))
+
+
+def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
+    """Whether each source (n,) is significant.
 
     An isolated source must reach the threshold with its total flux. Or its chi^2 must be worth a
     source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
     of sources that are there without a doubt. (Not at an edge, beyond which noise is continued by
     its mirror image: where it has directions it is another one there.) Members of a group were
-    compared with what it is without them; of those that are not significant only the faintest is
-    none: without it the others may be. Where a fit leaves more than noise, errors count as larger
-    by that.
+    compared with what it is without them. Where a fit leaves more than noise, errors count as
+    larger by that. No source has a total flux below sqrt(5) times its error.
     """
     flux, error = model_flux(fits)
-    ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
-    least = np.where(fits.group_size > 1, 0.0, threshold)
+    square = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0) ** 2
     poor = fits.chi2_red > POOR_CHI2
-    least = np.where(poor, threshold * np.sqrt(np.where(poor, fits.chi2_red, 1)), least)
+    excess = np.where(poor, fits.chi2_red, 1.0)
+    least = np.where(poor | (fits.group_size == 1), threshold**2 * excess, 0.0)
     inside = nearest_values(field.depth, fits.x, fits.y) > FWHM_PER_SIGMA * fits.sigma_major
-    reached = (ratio >= least) | inside & (significance(fits) ** 2 >= worth_of_one(least))
-    faint = ~reached | (ratio**2 <= LEAST_SNR_SQUARED)
-    return ~(_first_of_groups(faint, ratio, fits.group) | _is_halo(field, fits))
+    worth = worth_of_one(threshold) * excess
+    reached = (square >= least) | inside & (significance(fits) ** 2 >= worth)
+    return np.asarray(reached & (flux > 0) & (square > LEAST_SNR_SQUARED))
 
 
 def _first_of_groups(
@@ -315,7 +328,7 @@ def _isolated(
         bright = bright.take(distance >= NEAR_FWHM * field.fwhm_pix)
         bright = bright.take(_stand_out(field, fits, bright))
     new = fit_new(field, noise, white, _as_sources(field, bright))
-    is_source = _is_source(field, new, threshold)
+    is_source = _is_significant(field, new, threshold) & ~_is_halo(field, new)
     is_source &= new.sigma_major < ON_BOUND * field.largest_pix
     for x, y, snr in zip(*(column[~is_source] for column in bright[:3]), strict=True):
         logger.debug(

@@ -2,7 +2,7 @@
 
 What the present model of all sources leaves of the map is whitened with the noise's own spectrum.
 Every block of sources is fitted to the Fourier modes of a window of that, to which its own part of
-the model is added: all at once, each against what all the others are at present.
+the model is added, each against what all the others are at present; those that overlap in turns.
 """
 
 import functools
@@ -55,7 +55,7 @@ SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
-_OVERLAP_SIZES = 1.5  # mean FWHM of two sources: closer ones are fitted in turns
+_OVERLAP_SIZES = 1.5  # mean FWHM of two sources that overlap; 2 found no more
 _MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _SURROUNDINGS_FWHM = 3.0  # the same where a source more may be at the side
@@ -183,7 +183,10 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
 
 
 def overlapping(field: Field, fits: SourceFits) -> NDArray[np.int_]:
-    """Pairs (k, 2) of sources that are linked, or closer than one and a half times their size."""
+    """Pairs (k, 2) of sources that are linked or overlap: closer than the sum of their reaches.
+
+    Such a reach is half of the distance of linked ones, and three quarters of a larger source.
+    """
     size = FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor)
     reach = np.maximum(_OVERLAP_SIZES * size, _LINK_FWHM * field.fwhm_pix) / 2
     return pairs_closer(fits.x, fits.y, reach)
@@ -561,12 +564,12 @@ def sweep(
     fits, fitted = fits.take(np.arange(len(fits.x))), []  # a copy, which changes turn by turn
     group, placed, turn = lay_out(field, fits)
     wanted = np.array([among is None or among[members].any() for members in placed.members], bool)
-    for now in range(np.max(turn, initial=-1) + 1):
-        if now or left is None:
-            left = filtered(field, fits)
+    for now in np.unique(turn[wanted]):
+        left = filtered(field, fits) if left is None else left
         white = whitened(field, noise, waves_of(noise, left))
         some = buckets(placed, wanted & (turn == now)).values()
         fitted += _fit_blocks(field, noise, white, fits, fits, placed, some, options)
+        left = None
     return Swept(fits.in_groups(group), fitted)
 
 

@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from hyperjax.config import Config
-from hyperjax.deblending import Peaks, Verdict, better_sources, halves, merged
+from hyperjax.deblending import Peaks, Verdict, better_sources, halves, merged, worth_of_one
 from hyperjax.fitting import FitOptions
 from hyperjax.sources import SourceFits, render_sources
 from hyperjax.spectrum import Spectrum
@@ -128,3 +128,8 @@ def test_a_bright_source_hides_what_is_beside_it(x: float, changes: int) -> None
     peak = Peaks(*np.array([[x], [40.0], [30.0], [12.0]]))
     verdict, _ = seen([*bright, point(x, 40, 12)], bright, peak)
     assert verdict.changed == changes
+
+
+def test_what_a_source_must_gain() -> None:
+    """The threshold squared, and 6 ln(31.8): beams in 36 squares of the FWHM."""
+    assert_allclose(worth_of_one(np.array([4.0, 5.0])), [36.76, 45.76], atol=0.01)

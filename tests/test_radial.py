@@ -71,10 +71,10 @@ def test_a_gaussian_leaves_nothing() -> None:
     assert explained(gaussian(params), params[None]) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("radius", [2.0, 3.5, 5.0])
-def test_the_profile_of_a_disc_is_explained(radius: float) -> None:
-    """Discs of 2 to 5 sigma of the beam: nine tenths of the chi^2 that a Gaussian leaves."""
-    image = disc(radius * SIGMA / 2)
+@pytest.mark.parametrize("beams", [1.0, 2.0, 3.0])
+def test_the_profile_of_a_disc_is_explained(beams: float) -> None:
+    """Nine tenths of the chi^2 that a Gaussian leaves of a disc of so many beams, across."""
+    image = disc(beams * SIGMA * np.sqrt(2 * np.log(2)))
     source, left, power = left_by_gaussian(image)
     assert left > 1e-5 * power
     assert 0.9 * left < explained(image, source) <= left * (1 + 1e-6)
@@ -108,6 +108,35 @@ def test_a_series_is_explained_whole() -> None:
     values = data[:, used].ravel()
     beyond = values - matrix @ np.linalg.lstsq(matrix, values, rcond=None)[0]
     assert explained(unit + bent, params[None]) == pytest.approx(np.sum(beyond**2), rel=1e-3)
+
+
+def test_what_neighbours_may_take_is_not_explained() -> None:
+    """A profile counts less what the Jacobian of all sources holds, by least squares."""
+    first = np.array([30.0, *PLACE, 4.0, 3.0, 0.6])
+    second = np.array([20.0, PLACE[0] + 6, PLACE[1] - 3, 3.0, 2.5, 1.9])
+    sources = np.stack([first, second])
+    image = gaussian(first) + gaussian(second) + disc(5.0)
+    columns = []
+    for params in sources:
+        for own in 1e-4 * np.diag([30, 1, 1, 4, 3, 1]):
+            columns.append((gaussian(params + own) - gaussian(params - own)) / 2e-4)
+
+    def stretched(params: NDArray, factor: float) -> NDArray:
+        return gaussian(params * [1, 1, 1, factor, factor, 1]) / factor**2
+
+    # differences of order 2 to 4 of the size have the terms of degree 2 to 4 of the series
+    steps = (0.96, 0.98, 1.0, 1.02, 1.04)
+    profiles = [stretched(first, factor) for factor in steps]
+    modes_of = [transformed(each)[0] for each in (*columns, *profiles, disc(5.0))]
+    used = transformed(image)[1] > 0
+    values = np.stack([each[:, used].ravel() for each in modes_of], 1)
+    data, of_all, of_jacobian = values[:, -1], values[:, :-1], values[:, : len(columns)]
+
+    def left(matrix: NDArray) -> float:
+        scaled = matrix / np.linalg.norm(matrix, axis=0)
+        return float(np.sum((data - scaled @ np.linalg.lstsq(scaled, data, rcond=1e-14)[0]) ** 2))
+
+    assert explained(image, sources) == pytest.approx(left(of_jacobian) - left(of_all), rel=0.01)
 
 
 def test_profiles_of_sources_that_are_not_named_stay_gaussian() -> None:

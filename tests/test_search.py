@@ -20,6 +20,7 @@ from hyperjax.fitting import FitOptions
 from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import Simulation, simulate, write_simulation
+from hyperjax.sources import SourceFits
 from hyperjax.whitened import Field, Noise, Swept, filtered, first_noise, updated_noise
 
 TRUTH_OF = {
@@ -471,7 +472,7 @@ def test_what_is_left_above_the_threshold_is_told(
     assert count > 0
     (record,) = caplog.records
     assert f"{count} peak" in record.message
-    assert "of 5 sigma or more in the residual" in record.message
+    assert "of 5 sigma or more left in the residual" in record.message
     place = [float(value) for value in record.message.split("pixel (")[1].rstrip(")").split(", ")]
     assert np.hypot(*np.subtract(place, lost["place"])) < 1
 
@@ -491,8 +492,48 @@ def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> Non
     assert found is not None
     fine = found.fits._replace(chi2_red=np.ones(len(found.fits.x)))
     left = search._found(field, found.noise, Swept(fine, found.blocks)).peaks
-    assert (np.hypot(left.x - 200, left.y - 190) < 16).any()
-    assert not (np.hypot(found.peaks.x - 200, found.peaks.y - 190) < 16).any()
+    assert (np.hypot(left.x - 200, left.y - 190) < 40).any()
+    assert len(found.peaks.x) == 0
+
+
+def test_of_faint_members_of_a_group_the_faintest_goes_first() -> None:
+    faint, ratio = np.array([True, True, False, True, True]), np.array([3.0, 1.0, 0.5, 2.0, 1.5])
+    group = np.array([0, 0, 0, 1, 2])
+    assert list(search._first_of_groups(faint, ratio, group)) == [False, True, False, True, True]
+    assert not search._first_of_groups(np.zeros(5, bool), ratio, group).any()
+
+
+@pytest.mark.parametrize(
+    ("snr", "of_flux", "chi2", "members", "x", "kept"),
+    [
+        (6.0, 5.1, 1.0, 1, 48.0, True),  # by its flux
+        (6.0, 4.9, 1.0, 1, 48.0, False),
+        (7.0, 4.9, 1.0, 1, 48.0, True),  # by its chi^2: 45.8 are asked
+        (6.5, 4.9, 1.0, 1, 48.0, False),
+        (9.0, 2.2, 1.0, 1, 48.0, False),
+        (7.0, 4.9, 1.0, 1, 2.0, False),  # at an edge
+        (6.0, 2.3, 1.0, 2, 48.0, True),  # a member of a group
+        (20.0, 14.0, 9.0, 2, 48.0, False),  # of a poor fit: 15 of the flux, or 20.3
+        (21.0, 14.0, 9.0, 2, 48.0, True),
+        (6.0, 15.1, 9.0, 1, 48.0, True),
+    ],
+)
+def test_what_is_significant(
+    snr: float,
+    of_flux: float,
+    chi2: float,
+    members: int,
+    x: float,
+    kept: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Total flux over its error, the peak with the shape held over its error, reduced chi^2."""
+    field = Field(np.zeros((96, 96)), (4.0, 0.0, 4.0), 41, config_from_dict({}))
+    source = SourceFits.guess(np.array([[1.0, x, 48.0, 2.0, 2.0, 0.0]]))
+    source = source._replace(chi2_red=np.array([chi2]), group_size=np.array([members]))
+    monkeypatch.setattr(search, "model_flux", lambda _: (np.array([of_flux]), np.ones(1)))
+    monkeypatch.setattr(search, "significance", lambda _: np.array([snr]))
+    assert search._is_significant(field, source, 5.0) == [kept]
 
 
 def test_large_sources_that_overlap_are_flagged_as_blended(tmp_path: Path) -> None:
