@@ -68,6 +68,7 @@ class Case:
 
 TEN = {"beam_fwhm_pix": 10.0, "n_sources": 20}
 BEAM = {"noise": "beam"}
+TILTED = {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0}
 CASES = {
     "white": Case({}),
     "beam-shaped": Case(BEAM),
@@ -80,9 +81,7 @@ CASES = {
     ),
     "beam-shaped; blank border and holes": Case(BEAM | {"border_pix": 20, "n_holes": 6}),
     "white; border and holes of zeros": Case({"border_pix": 20, "n_holes": 6, "blank": "zero"}),
-    "beam-shaped, beam of 5 pixels, axis ratio 0.6": Case(
-        BEAM | {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0}
-    ),
+    "beam-shaped, beam of 5 pixels, axis ratio 0.6": Case(BEAM | TILTED),
     "white, growing five times across the map": Case({"n_sources": 80}, growing),
     "white, 300 sources, 30 % in blends": Case(CROWD),
     "beam-shaped, 300 sources, 30 % in blends": Case(CROWD | BEAM),
@@ -100,7 +99,7 @@ CASES = {
     "white, no source": Case({"n_sources": 0}),
     "beam-shaped, no source": Case(BEAM | {"n_sources": 0}),
     "beam-shaped, beam of 5 pixels, axis ratio 0.6, no source": Case(
-        BEAM | {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0, "n_sources": 0}
+        BEAM | TILTED | {"n_sources": 0}
     ),
     "1/f, no source": Case({"noise": "1/f", "n_sources": 0}),
     "white, no source; blank border and holes": Case(

@@ -15,6 +15,7 @@ from astropy import units as u
 from astropy.table import QTable, vstack
 
 from hyperjax.deconvolution import MAX_PA_ERR_DEG, RESOLVED_SIGMA, deconvolve
+from hyperjax.groups import pairs_closer
 from hyperjax.maps import (
     FWHM_PER_SIGMA,
     local_geometry,
@@ -24,6 +25,7 @@ from hyperjax.maps import (
 )
 from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.photometry import model_flux, quadratic_form, standard_deviation
+from hyperjax.sources import overlap_reach
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -551,7 +553,7 @@ def _all_flags(shape: tuple[int, int], fits: SourceFits, apertures: Apertures) -
         FLAGS.SECOND_TRY: fits.status == 2,
         FLAGS.NEAR_EDGE: _distance_to_edge(shape, fits) < FWHM_PER_SIGMA * fits.sigma_major,
         FLAGS.BLANK_PIXELS: apertures.blank_fraction > 0,
-        FLAGS.BLENDED: fits.group_size > 1,
+        FLAGS.BLENDED: (fits.group_size > 1) | _overlap_another(fits),
         FLAGS.NO_COVARIANCE: ~np.isfinite(fits.covariance).all(axis=(1, 2)),
         FLAGS.NO_DATA: ~(apertures.area_pix > 0),
         FLAGS.ELONGATED: fits.sigma_major > MAX_AXIS_RATIO * fits.sigma_minor,
@@ -561,6 +563,13 @@ def _all_flags(shape: tuple[int, int], fits: SourceFits, apertures: Apertures) -
     for flag, condition in conditions.items():
         flags = flags | _bits(condition, flag)
     return flags
+
+
+def _overlap_another(fits: SourceFits) -> NDArray[np.bool_]:
+    """Whether each source (n,) overlaps another one."""
+    out = np.zeros(len(fits.x), bool)
+    out[pairs_closer(fits.x, fits.y, overlap_reach(fits)).ravel()] = True
+    return out
 
 
 def _bits(condition: NDArray[np.bool_], flag: FLAGS) -> NDArray[np.int_]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from astropy.io import fits
 
+from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.sources import SourceFits, render_sources, source_mask
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ _MEANING = {
 }
 _LABEL = {"fitting": "group", "deblended": "source", "bg_separate": "group"}
 _SOURCE_REACH = 2.5, 1.5  # half the side of a source's cutout: of the beam's, of its own FWHM
-_FWHM = np.sqrt(8 * np.log(2))
 _LISTED = 8  # sources that a title names
 
 
@@ -184,7 +184,9 @@ def _group(scene: Scene, group: int, members: NDArray[np.int_]) -> Cutout:
 def _source(scene: Scene, row: int) -> Cutout:
     members = np.array([row])
     beams, own_size = _SOURCE_REACH
-    half = max(beams * scene.fwhm_pix, own_size * _FWHM * float(scene.fits.sigma_major[row]))
+    half = max(
+        beams * scene.fwhm_pix, own_size * FWHM_PER_SIGMA * float(scene.fits.sigma_major[row])
+    )
     place = _window(scene, members, half)
     own = _render(scene, members, place)
     residual = scene.data[place] - scene.background[place] - scene.model[place]

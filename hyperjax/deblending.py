@@ -6,6 +6,7 @@ has a peak; the neighbourhood without its source, or with one in the place of al
 the gain in chi^2. What is further away stays as it is, to be fitted anew when the best are in.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from hyperjax.sources import SourceFits
 from hyperjax.whitened import (
     ROUGH,
     SLOTS,
+    SURROUNDINGS_FWHM,
     Field,
     Noise,
     fit_windows,
@@ -46,7 +48,7 @@ MISMATCH = 0.02
 """What of a source is no Gaussian, as a share of it."""
 
 _PARAMETERS = 6
-_BEAMS = 6.0**2 * 4 * np.log(2) / np.pi  # where a source is looked at: 6 FWHM square
+_BEAMS = (2 * SURROUNDINGS_FWHM) ** 2 * 4 * math.log(2) / math.pi  # where a source is looked at
 _EXTENDED_MISMATCH = 0.1  # the same of an extended source, beside its radial profile
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
@@ -169,13 +171,13 @@ def better_sources(
     return _replaced(fits, ~near[own], placed, best)
 
 
-def worth_of_one(threshold: float | NDArray[np.float64]) -> NDArray[np.float64]:
+def worth_of_one(threshold: float) -> float:
     """Chi^2 that a source must gain: that of a detection, and the price of its parameters.
 
     That is the Bayesian information criterion (Schwarz 1978, Ann. Stat. 6, 461) of six parameters
     for as many measurements as there are beams where the source is looked at.
     """
-    return np.asarray(threshold**2 + _PARAMETERS * np.log(_BEAMS))
+    return threshold**2 + _PARAMETERS * math.log(_BEAMS)
 
 
 def _worth(
@@ -205,7 +207,7 @@ def _worth(
     near = away <= FWHM_PER_SIGMA * fewer.sources[:, 3] + field.fwhm_pix
     extended = near & (fewer.sources[:, 4] > _EXTENDED * field.sigma_pix)
     share = np.where(extended, _EXTENDED_MISMATCH, MISMATCH)
-    worth = abs(more) * float(worth_of_one(field.config.detection.sigma_thres))
+    worth = abs(more) * worth_of_one(field.config.detection.sigma_thres)
     worth += float(np.sum((share * strength)[near] ** 2))
     if extended.any() and (more < 0 or 2 * (before.cost - after.cost) > worth):
         worth += explained_by_profiles(

@@ -17,6 +17,7 @@ from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 
 from hyperjax.figures import block_mean
+from hyperjax.maps import FWHM_PER_SIGMA
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,6 @@ _HEIGHT = 0.75  # of a surface, over its width
 _COLOURS = "inferno"
 _BLANK = "#909090"
 _INK = "#56B4E9"
-_FWHM = np.sqrt(8 * np.log(2))
 _QUICK_PNG: dict[str, Any] = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 _LINEAR = 3.0  # times the scatter of the residual: from there on images are logarithmic
 _SHARED = {
@@ -151,7 +151,7 @@ class Gallery:
         ny, nx = next(iter(cutout.images.values())).shape
         x = (fits.x[some] - cutout.corner[0] - (nx - 1) / 2) * self._scale
         y = (fits.y[some] - cutout.corner[1] - (ny - 1) / 2) * self._scale
-        size = _FWHM * self._scale
+        size = FWHM_PER_SIGMA * self._scale
         self._marks = [
             EllipseCollection(
                 size * fits.sigma_major[some],

@@ -54,12 +54,17 @@ class Windows(NamedTuple):
 def pairs_closer(
     x: NDArray[np.float64], y: NDArray[np.float64], reach: float | NDArray[np.float64]
 ) -> NDArray[np.int_]:
-    """Pairs (k, 2) of sources closer than the sum of their reaches: one of all, or each its own."""
-    if len(x) == 0:
+    """Pairs (k, 2) of sources closer than the sum of their reaches: one of all, or each its own.
+
+    Those whose position or reach is not known (NaN) are in none.
+    """
+    own = np.broadcast_to(reach, len(x))
+    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(own))
+    if known.size == 0:
         return np.zeros((0, 2), int)
-    own = np.nan_to_num(np.broadcast_to(reach, len(x)))
     places = np.column_stack([x, y])
-    pairs = KDTree(places).query_pairs(2 * own.max(), output_type="ndarray").reshape(-1, 2)
+    tree = KDTree(places[known])
+    pairs = known[tree.query_pairs(2 * own[known].max(), output_type="ndarray").reshape(-1, 2)]
     first, second = pairs.T
     away = np.linalg.norm(places[first] - places[second], axis=1)
     return np.asarray(pairs[away <= own[first] + own[second]])
@@ -97,13 +102,15 @@ def turns(members: list[NDArray[np.int_]], pairs: NDArray[np.int_]) -> NDArray[n
     block = np.zeros(sum(len(own) for own in members), int)
     for index, own in enumerate(members):
         block[own] = index
-    sides = np.unique(np.sort(block[pairs], axis=1), axis=0)
-    before = {later: sides[sides[:, 1] == later, 0] for later in np.unique(sides[:, 1])}
-    turn = np.zeros(len(members), int)
-    for index in range(len(members)):
-        taken = {int(turn[other]) for other in before.get(index, ()) if other != index}
-        turn[index] = next(free for free in itertools.count() if free not in taken)
-    return turn
+    earlier: list[list[int]] = [[] for _ in members]
+    for first, second in np.unique(np.sort(block[pairs], axis=1), axis=0).tolist():
+        if first != second:
+            earlier[second].append(first)
+    turn: list[int] = []
+    for others in earlier:
+        taken = {turn[other] for other in others}
+        turn.append(next(free for free in itertools.count() if free not in taken))
+    return np.array(turn, int)
 
 
 def neighbourhoods(

@@ -7,6 +7,7 @@ pattern on the sky, which the noise's spectrum would hold, it has no directions 
 """
 
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from hyperjax.catalog import FLAGS, POOR_CHI2
+from hyperjax.catalog import POOR_CHI2
 from hyperjax.deblending import (
     LEAST_SNR_SQUARED,
     MISMATCH,
@@ -39,7 +40,6 @@ from hyperjax.whitened import (
     first_noise,
     fit_new,
     is_cut,
-    overlapping,
     significance,
     sweep,
     updated_noise,
@@ -144,9 +144,8 @@ def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) 
 
 
 def _found(field: Field, noise: Noise, swept: Swept) -> Found:
-    """The sources as they are, those that overlap with a flag, and what is left of the map."""
+    """The sources as they are, and the peaks that are left of the map."""
     fits = swept.fits
-    fits.flags[overlapping(field, fits).ravel()] |= FLAGS.BLENDED
     peaks = find_peaks(
         field, noise, waves_of(noise, filtered(field, fits)), field.config.detection.sigma_thres
     )
@@ -215,10 +214,15 @@ def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.b
     Of those of a group that are not significant only the faintest is none: without it the others,
     fitted anew, may be.
     """
-    flux, error = model_flux(fits)
-    ratio = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
     faint = ~_is_significant(field, fits, threshold)
-    return ~(_first_of_groups(faint, ratio, fits.group) | _is_halo(field, fits))
+    faintest = _first_of_groups(faint, _flux_ratio(fits), fits.group)
+    return ~(faintest | _is_halo(field, fits))
+
+
+def _flux_ratio(fits: SourceFits) -> NDArray[np.float64]:
+    """Total flux of each source (n,) over its error; 0 where there is none."""
+    flux, error = model_flux(fits)
+    return np.divide(flux, error, out=np.zeros_like(flux), where=error > 0)
 
 
 def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:
@@ -231,15 +235,14 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     compared with what it is without them. Where a fit leaves more than noise, errors count as
     larger by that. No source has a total flux below sqrt(5) times its error.
     """
-    flux, error = model_flux(fits)
-    square = np.divide(flux, error, out=np.zeros_like(flux), where=error > 0) ** 2
+    ratio = _flux_ratio(fits)
     poor = fits.chi2_red > POOR_CHI2
     excess = np.where(poor, fits.chi2_red, 1.0)
-    least = np.where(poor | (fits.group_size == 1), threshold**2 * excess, 0.0)
+    least = np.where(poor | (fits.group_size <= 1), threshold**2 * excess, 0.0)
     inside = nearest_values(field.depth, fits.x, fits.y) > FWHM_PER_SIGMA * fits.sigma_major
     worth = worth_of_one(threshold) * excess
-    reached = (square >= least) | inside & (significance(fits) ** 2 >= worth)
-    return np.asarray(reached & (flux > 0) & (square > LEAST_SNR_SQUARED))
+    reached = (ratio**2 >= least) | inside & (significance(fits) ** 2 >= worth)
+    return np.asarray(reached & (ratio > math.sqrt(LEAST_SNR_SQUARED)))
 
 
 def _first_of_groups(

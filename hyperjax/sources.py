@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperjax.groups import overlap, pixel_offsets
+from hyperjax.maps import FWHM_PER_SIGMA
 
 Floats = NDArray[np.float64] | float
 """A number, or an array of them."""
@@ -13,6 +14,7 @@ Floats = NDArray[np.float64] | float
 _REACH = 6.0
 """How far sources are drawn, in standard deviations: exp(-18) = 1.5e-8 of the peak is left."""
 
+_OVERLAP_SIZES = 1.5  # mean FWHM of two sources that overlap; 2 found no more
 _MASK_SIGMA = 2.0  # an elliptical Gaussian down to exp(-2) = 0.1353 of its peak
 _MASK_SIZE = 1.5  # of the beam: sizes are not known yet
 _STEP, _CHUNK = 4, 256  # half-sides of stamps are multiples of this; stamps drawn at a time
@@ -110,6 +112,14 @@ class SourceFits(NamedTuple):
         """The same, round ones with a `least` ellipticity: their angle and ratio are fitted too."""
         major = np.maximum(self.sigma_major, (1 + least) * self.sigma_minor)
         return self._replace(sigma_major=major)
+
+
+def overlap_reach(fits: SourceFits) -> NDArray[np.float64]:
+    """Reach (n,) of sources, pixels: those closer than the sum of theirs overlap.
+
+    Each has three quarters of its mean FWHM; NaN where that is not known.
+    """
+    return _OVERLAP_SIZES / 2 * FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor)
 
 
 def nearest_values(
@@ -230,7 +240,7 @@ def source_mask(
     shape: tuple[int, ...], x: NDArray[np.float64], y: NDArray[np.float64], fwhm_pix: float
 ) -> NDArray[np.bool_]:
     """Pixels (ny, nx) of sources, which take no part in the fit of a separate background."""
-    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / np.sqrt(8 * np.log(2))
+    radius = _MASK_SIGMA * _MASK_SIZE * fwhm_pix / FWHM_PER_SIGMA
     return near_sources((shape[0], shape[1]), x, y, radius)
 
 

@@ -36,7 +36,7 @@ from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.models import LEAST_ELLIPTICITY
 from hyperjax.noise import clipped_rms, local_rms
 from hyperjax.runtime import at_once
-from hyperjax.sources import SourceFits, nearest_values, render_sources, stamps
+from hyperjax.sources import SourceFits, nearest_values, overlap_reach, render_sources, stamps
 from hyperjax.spectral import modes
 from hyperjax.spectrum import (
     Beam,
@@ -54,11 +54,12 @@ ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
+SURROUNDINGS_FWHM = 3.0
+"""Margin of the windows in which sources are tried with their neighbours."""
+
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
-_OVERLAP_SIZES = 1.5  # mean FWHM of two sources that overlap; 2 found no more
 _MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
-_SURROUNDINGS_FWHM = 3.0  # the same where a source more may be at the side
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
 _CLIP_SIGMA = 3.0  # of pixels, before the sources are known
@@ -183,12 +184,8 @@ def lay_out(field: Field, fits: SourceFits) -> Layout:
 
 
 def overlapping(field: Field, fits: SourceFits) -> NDArray[np.int_]:
-    """Pairs (k, 2) of sources that are linked or overlap: closer than the sum of their reaches.
-
-    Such a reach is half of the distance of linked ones, and three quarters of a larger source.
-    """
-    size = FWHM_PER_SIGMA * np.sqrt(fits.sigma_major * fits.sigma_minor)
-    reach = np.maximum(_OVERLAP_SIZES * size, _LINK_FWHM * field.fwhm_pix) / 2
+    """Pairs (k, 2) of sources that are closer than linked ones, or overlap."""
+    reach = np.maximum(overlap_reach(fits), _LINK_FWHM / 2 * field.fwhm_pix)
     return pairs_closer(fits.x, fits.y, reach)
 
 
@@ -196,7 +193,7 @@ def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.in
     """Windows round each source and its nearest neighbours, and which of them is whose (n,)."""
     distance = _LINK_FWHM * field.fwhm_pix
     members, own = neighbourhoods(fits.x, fits.y, distance, _MOST_NEIGHBOURS)
-    return _placed(field, fits, members, _SURROUNDINGS_FWHM), own
+    return _placed(field, fits, members, SURROUNDINGS_FWHM), own
 
 
 def _placed(

@@ -330,7 +330,7 @@ def test_so_is_that_of_a_source_that_only_the_map_stretches() -> None:
 
 
 def test_without_covariance_only_the_errors_are_missing() -> None:
-    fits = make_fits(2)
+    fits = make_fits(2, x=[30.0, 90.0])
     fits.covariance[0] = np.nan
     catalog = catalog_of(fits)
     missing = {column.name for column in COLUMNS[2:] if np.isnan(catalog[column.name][0])}
@@ -375,6 +375,19 @@ def test_flags_follow_from_the_measurements(
 ) -> None:
     (row,) = catalog_of(make_fits(**fields), **apertures)
     assert decode_flags(row["FLAGS"]) == expected
+
+
+def test_sources_that_overlap_are_blended_though_fitted_apart() -> None:
+    """They do within 1.5 of their mean FWHMs: sqrt(8 ln 2) sqrt(3 x 2) = 5.77 pixels, and twice."""
+    larger = np.array([1, 1, 1, 2, 1])
+    x = 20 + np.array([0, 8.6, 8.6 + 8.7, 8.6 + 8.7 + 12.9, np.nan])
+    fits = make_fits(5, x=x, sigma_major=3.0 * larger, sigma_minor=2.0 * larger)
+    blended = catalog_of(fits)["FLAGS"] & FLAGS.BLENDED
+    assert list(blended > 0) == [True, True, True, True, False]
+    fits.x[1] -= 0.1
+    fits.x[3] += 0.2
+    blended = catalog_of(fits)["FLAGS"] & FLAGS.BLENDED
+    assert list(blended > 0) == [True, True, False, False, False]
 
 
 def test_shoulders_are_flagged_above_the_threshold() -> None:

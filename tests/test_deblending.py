@@ -132,4 +132,5 @@ def test_a_bright_source_hides_what_is_beside_it(x: float, changes: int) -> None
 
 def test_what_a_source_must_gain() -> None:
     """The threshold squared, and 6 ln(31.8): beams in 36 squares of the FWHM."""
-    assert_allclose(worth_of_one(np.array([4.0, 5.0])), [36.76, 45.76], atol=0.01)
+    assert worth_of_one(4.0) == pytest.approx(36.76, abs=0.01)
+    assert worth_of_one(5.0) == pytest.approx(45.76, abs=0.01)

@@ -153,6 +153,9 @@ def test_pairs_are_closer_than_the_sum_of_their_reaches() -> None:
     assert_array_equal(pairs_closer(x, y, 1.5), [[0, 1]])
     assert_array_equal(np.sort(pairs_closer(x, y, np.array([1.0, 1.9, 6.0])), axis=0), [[1, 2]])
     assert pairs_closer(x[:0], y[:0], 1.5).shape == (0, 2)
+    some = pairs_closer(np.append(np.nan, x), np.append(0.0, y), np.append(99.0, 1.5 + 0 * x))
+    assert_array_equal(some, [[1, 2]])
+    assert pairs_closer(x, y, np.full(len(x), np.nan)).shape == (0, 2)
 
 
 # --- windows -------------------------------------------------------------------------------------

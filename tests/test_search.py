@@ -141,7 +141,7 @@ def test_edges_make_no_sources_where_noise_has_directions(tmp_path: Path) -> Non
     map, truth = made(tmp_path, **options)
     found = extract(map)
     assert len(found.catalog) == len(matched_rows(found, truth)[0]) > 50
-    assert found.catalog.meta["residual_peaks"] < 5
+    assert found.catalog.meta["residual_peaks"] <= len(truth) - len(found.catalog)
 
 
 def test_two_sources_closer_than_the_beam_are_told_apart(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_companions_of_extended_sources_are_found(tmp_path: Path) -> None:
 def test_what_is_left_above_the_threshold_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of peaks in no source there is a warning, unless a source beside them fits poorly anyway."""
+    """Of peaks in no source there is a warning."""
     map, _ = made(tmp_path, n_sources=12, min_separation_beams=5.0, snr_range=(30, 60))
     assert extract(map).catalog.meta["residual_peaks"] == 0
     assert not caplog.records
