@@ -13,24 +13,21 @@ point. This is linear in the changes, so reverse mode is its transpose.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import sequential_vmap
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from hyperjax.fitting import (
-    FitOptions,
-    GroupBatch,
-    check_shapes,
-    lanes_for,
-    to_parameters,
-    to_problems,
-    tolerances_of,
-)
-from hyperjax.models import Chart, GaussianGroup, Grid, Model, Problem
+from hyperjax.batches import FitOptions, GroupBatch, check_shapes, shapes_partly_held
+from hyperjax.errors import FitInputError
+from hyperjax.fitting import lanes_for, tolerances_of
+from hyperjax.models import AxesGroup, Chart, GaussianGroup, Grid, Model, Problem
 from hyperjax.parts import Packed
 from hyperjax.solver import Tolerances, blocked_by_bounds, solve_lanes
+from hyperjax.units import to_parameters, to_problems
 
 __all__ = ["fit_parameters"]
 
@@ -59,16 +56,22 @@ def fit_parameters(
         As for `hyperjax.fit_groups`, but the iteration goes on to the last digit unless `ftol` is
         given: derivatives are as exact as the optimum. `loss` must be known at compile time.
     highest_order
-        Highest order of the backgrounds, 0 to 4, known at compile time. The orders in the batch
-        must not be above it.
+        Highest order of the backgrounds, 0 to 4, known at compile time.
 
     Returns
     -------
     params
         (group, slot, 6) peak, x, y, sigma_major, sigma_minor, theta. The angle of a circular
-        source has no derivative; it is given as 0.
+        source has no derivative; it is given as 0. Where something, but not all, of a shape is held
+        (`free` must be known at compile time then), the axes of all sources are as they are named:
+        sigma_major may be the smaller one.
     coefficients
         (group, monomial) of the background, as `FitResult.coefficients`.
+
+    Raises
+    ------
+    FitInputError
+        If shapes or options are inconsistent, or an order in the batch is above the highest.
 
     Examples
     --------
@@ -81,10 +84,15 @@ def fit_parameters(
         with jax.enable_x64(True):
             slope = jax.jit(jax.grad(total))(batch.data)
     """
+    known = _known(batch)
     batch = GroupBatch(*(jnp.asarray(leaf) for leaf in batch))
     check_shapes(batch, options)
+    if known.order is not None and known.order.max() > highest_order:
+        raise FitInputError(f"order: {known.order.max()} is above highest_order, {highest_order}")
+    partly = known.free is not None and shapes_partly_held(known.free).any()
     _, ny, nx = batch.data.shape
-    model = GaussianGroup(Grid((ny, nx)), batch.start.shape[1], highest_order, options.loss)
+    kind = AxesGroup if partly else GaussianGroup
+    model = kind(Grid((ny, nx)), batch.start.shape[1], highest_order, options.loss)
     problems = jax.tree.map(jnp.asarray, to_problems(jnp, model, batch, options))
     scale = jax.vmap(model.scale)(problems)
     problems = jax.vmap(model.scaled)(problems, scale)
@@ -92,6 +100,26 @@ def fit_parameters(
     tolerances = tolerances_of(options._replace(ftol=exact), ny * nx, batch.data.dtype)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
     return to_parameters(jnp, model, batch, scale, solved)
+
+
+class _Known(NamedTuple):
+    """Parts of a batch that are known while it is traced; None where they are not.
+
+    A slot counts as present where that is not known.
+    """
+
+    order: Int[np.ndarray, " group"] | None
+    free: Bool[np.ndarray, "group slot 6"] | None
+
+
+def _known(batch: GroupBatch) -> _Known:
+    def value(leaf: Array) -> np.ndarray | None:
+        return None if isinstance(leaf, jax.core.Tracer) else np.asarray(leaf)
+
+    free, present = value(batch.free), value(batch.present)
+    if free is not None and present is not None and free.shape[:-1] == present.shape:
+        free = free & present[..., None].astype(bool)
+    return _Known(value(batch.order), free)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

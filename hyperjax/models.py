@@ -703,6 +703,39 @@ class GaussianGroup(Model):
         return jax.vmap(source_quadratics)(sources)
 
 
+@dataclass(frozen=True)
+class AxesGroup(GaussianGroup):
+    """The same by axes and angle, any of which may be held: (peak, x, y, log a, log b, theta).
+
+    Theta is the angle of axis a, which may be the smaller. Bounds are boxes, those of log a and
+    log b among them. Where a source is round its angle has no effect: `GaussianGroup` is for
+    sources of which nothing or all of the shape is held.
+    """
+
+    chart = Objective.chart
+    path = Objective.path
+    retract = Objective.retract
+
+    def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
+        """The model on the pixels."""
+        return super().image(self._by_ellipticity(params))
+
+    def normal(self, params: Float[Array, " P"], problem: Problem) -> Normal:
+        """Cost, gradient and Gauss-Newton matrix, from those of `GaussianGroup`."""
+        normal = super().normal(self._by_ellipticity(params), problem)
+        basis = jax.jacfwd(self._by_ellipticity)(params)
+        return normal._replace(
+            gradient=basis.T @ normal.gradient, matrix=basis.T @ normal.matrix @ basis
+        )
+
+    def _by_ellipticity(self, params: Float[Array, " P"]) -> Float[Array, " P"]:
+        """The parameters of `GaussianGroup`."""
+        _, _, _, log_a, log_b, theta = self._sources(params).T
+        e = log_a - log_b
+        shape = [(log_a + log_b) / 2, e * jnp.cos(2 * theta), e * jnp.sin(2 * theta)]
+        return self._with_shapes(params, jnp.stack(shape, 1))
+
+
 def source_quadratics(source: Float[Array, " 6"]) -> Float[Array, "6 6"]:
     """Coefficients of one source's Jacobian columns: see `GaussianGroup._quadratics`."""
     peak, x0, y0 = source[:3]

@@ -12,15 +12,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from hyperjax.batches import FitOptions, FitResult, GroupBatch, check_options
 from hyperjax.errors import FitInputError
-from hyperjax.fitting import (
-    FitOptions,
-    FitResult,
-    GroupBatch,
-    check_options,
-    in_pieces,
-    solve_block,
-)
+from hyperjax.fitting import in_pieces, solve_block
 from hyperjax.models import Grid, Problem, ProfileGroup, monomials
 from hyperjax.solver import Solution
 

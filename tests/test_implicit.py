@@ -10,6 +10,7 @@ import optimistix as optx
 import pytest
 from numpy.testing import assert_allclose
 
+from hyperjax.errors import FitInputError
 from hyperjax.fitting import FitOptions, GroupBatch, fit_groups
 from hyperjax.implicit import fit_parameters
 from hyperjax.least_squares import BoundedLevenbergMarquardt
@@ -249,3 +250,30 @@ def test_robust_loss_and_penalty() -> None:
 
     got = pushed(batch.data, change["data"])
     assert_same(got, want, batch.present, 1e-5)
+
+
+def test_of_a_shape_that_is_partly_held() -> None:
+    """A held angle and a held axis, whose derivatives are those of their starts."""
+    batch = make_batch()
+    free = batch.free.copy()
+    free[0, 0, 5] = free[1, 0, 4] = False
+    start = batch.start.copy()
+    start[0, 1, 5], start[1, 0, 5] = 2.1, 1.2
+    batch = batch._replace(free=free, start=start)
+    change = direction(batch, ("data", "start"))
+
+    @quick_jit
+    def forward(arrays: dict, change: dict) -> tuple:
+        return jax.jvp(lambda some: fitted_linear(batch._replace(**some)), (arrays,), (change,))[1]
+
+    got = forward({name: getattr(batch, name) for name in change}, change)
+    want = differences(batch, change, TIGHT, 1e-4)
+    assert_same(got, want, batch.present, 1e-5)
+    assert got[0][0, 0, 5] == pytest.approx(change["start"][0, 0, 5])
+    assert got[0][1, 0, 4] == pytest.approx(change["start"][1, 0, 4])
+
+
+def test_orders_above_the_highest_are_refused() -> None:
+    batch = make_batch()
+    with pytest.raises(FitInputError, match=r"^order: 1 is above highest_order, 0"):
+        fit_parameters(batch, highest_order=0)

@@ -199,3 +199,11 @@ def test_a_singular_matrix_is_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> 
     assert fit.steps[0] > usual.steps[0]
     assert fit.status[0] == CONVERGED
     assert_allclose(fit.cost, usual.cost, rtol=1e-6)
+
+
+def test_parts_of_shapes_are_not_held_in_large_groups() -> None:
+    batch, _ = grid_of_sources(36)
+    free = batch.free.copy()
+    free[0, 7, THETA] = False
+    with pytest.raises(FitInputError, match=r"^free: in groups of more than 32 slots"):
+        fit_groups(batch._replace(free=free))
