@@ -65,11 +65,12 @@ class FitOptions(NamedTuple):
     ftol, xtol, gtol, max_steps, damping
         When to stop, and how to begin (`hyperjax.solver.Tolerances`).
     other_starts
-        Whether groups of several sources are fitted twice more where their optimum may be the wrong
-        one: with a parameter on a bound, far from the start (more than eight steps with the linear
-        loss), or none found (SINGULAR). That is from round sources of sizes in the middle of their
-        bounds, then with their positions on the other side of their starts too, with short first
-        steps; the best fit counts. (Gaussians, up to 32 slots.)
+        Whether groups of several sources are fitted four times more where their optimum may be the
+        wrong one: far from the start (more than eight steps with the linear loss, more than five if
+        a parameter is on a bound), or none found (SINGULAR). That is with short first steps, from
+        small and from large round sources, and from sizes in between, with positions on the other
+        side of their starts, and where they were fitted first with equal peaks. The best fit
+        counts. (Gaussians, up to 32 slots.)
     """
 
     loss: str = "linear"
