@@ -66,7 +66,7 @@ class FitOptions(NamedTuple):
         When to stop, and how to begin (`hyperjax.solver.Tolerances`).
     other_starts
         Whether groups of several sources are fitted four times more where their optimum may be the
-        wrong one: far from the start (more than eight steps with the linear loss, more than five if
+        wrong one: far from the start (more than nine steps with the linear loss, more than seven if
         a parameter is on a bound), or none found (SINGULAR). That is with short first steps, from
         small and from large round sources, and from sizes in between, with positions on the other
         side of their starts, and where they were fitted first with equal peaks. The best fit
