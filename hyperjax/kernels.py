@@ -8,6 +8,7 @@ comes before it, which takes longer than fitting a map. Here the traced program 
 import functools
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,19 @@ from hyperjax.parts import Packed, apart, in_turns, packed
 from hyperjax.solver import NO_DATA, Solution, Tolerances, solve_lanes
 
 logger = logging.getLogger(__name__)
+
+_OPTIONS: CompilerOptions = {
+    "xla_cpu_multi_thread_eigen": False,
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+}
+"""Options of XLA for all models, on processors.
+
+The products of small matrices are not divided over threads, which costs more than they do: the
+stacks of problems are. Vectors are as wide as the processor has them: XLA prefers half of that.
+The library for products of matrices does these alone: what it does beside them (sums, and what
+goes into them) is slower than XLA's own code.
+"""
 
 _TRACED = ("parts", "models", "spectral", "definite", "solver", "kernels")
 _making = threading.Lock()
@@ -75,7 +89,7 @@ def solve_on(
 @functools.cache
 def _program(kind: _Kind) -> Callable[..., list[Array]]:
     """The compiled program: loaded if it was kept, else traced, and kept if there is a folder."""
-    options = _options(kind.double) | kind.model.compiler_options
+    options = _OPTIONS | kind.model.compiler_options
     solve = jax.jit(functools.partial(_solve, kind))
     folder = jax.config.jax_compilation_cache_dir
     may_change = not isinstance(kind.model, GaussianGroup)  # a user's profile
@@ -94,26 +108,13 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
     return _compiled(solve.lower(*placed), options if jax.default_backend() == "cpu" else {})
 
 
-def _options(double: bool) -> CompilerOptions:
-    """CompilerOptions of XLA for all models, on processors.
-
-    The products of small matrices are not divided over threads, which costs more than they do: the
-    stacks of problems are. In 32 bits XLA's own products are faster than those of its library.
-    Vectors are as wide as the processor has them: XLA prefers half of that.
-    """
-    options: CompilerOptions = {
-        "xla_cpu_multi_thread_eigen": False,
-        "xla_cpu_prefer_vector_width": 512,
-    }
-    return options if double else options | {"xla_cpu_experimental_ynn_fusion_type": ""}
-
-
 def _compiled(lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
-    """Compile a program, without those options that this compiler does not know."""
+    """Compile a program, without those options that this compiler does not know, or so."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        unknown = [name for name in options if f"No such compile option: '{name}'" in str(error)]
+        told = re.search(r"No such compile option: '(\w+)'|While setting option (\w+)", str(error))
+        unknown = [name for name in options if told and name in told.groups()]
         if not unknown:
             raise
         logger.debug("compiled without %s", ", ".join(unknown))
