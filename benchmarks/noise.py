@@ -29,7 +29,7 @@ from hyperjax.simulation import Simulated
 
 SURE, SURER = 8, 10  # flux over its error: of bias and scatter; of fluxes that are far off
 FAR_OFF = 0.3
-ALONE = 2.5  # beams without another source: widths of pulls are of such sources
+ALONE = 2.5  # beams without another source; a source in a blend has none that was not found there
 HIDDEN = 1.5  # beams to a source that was not found: it may be part of this one
 ELONGATED = 1.3  # axis ratio from which axes and position angles are told apart
 FAINT = ((5, 6), (6, 8), (8, 12))  # flux over its error
@@ -210,10 +210,9 @@ def nearest(some: QTable, others: QTable, beam: float) -> np.ndarray:
     return apart.min(1) * pixel / beam
 
 
-def pulls(one: Measured) -> dict[str, np.ndarray]:
-    """Deviations from the truth over their errors, of sources that stand alone."""
-    alone = one.true["NEIGHBOUR"] > ALONE
-    found, true = one.found[alone], one.true[alone]
+def pulls(one: Measured, some: np.ndarray) -> dict[str, np.ndarray]:
+    """Deviations from the truth over their errors, of some sources."""
+    found, true = one.found[some], one.true[some]
     elongated = true["FWHM_1"] > ELONGATED * true["FWHM_2"]
 
     def pull(name: str, of: str | None = None) -> np.ndarray:
@@ -238,8 +237,9 @@ def pulls(one: Measured) -> dict[str, np.ndarray]:
 HEADINGS = (
     *("noise and sources", "found / there, false", "bias of flux, %", "scatter, %"),
     *("> 30 % off", "not beside one that was not found", "widths: flux, aperture"),
-    *("peak, FWHM", "position, PA"),
+    *("peak, FWHM", "position, PA", "in blends: flux, position"),
 )
+PAIRS = ("flux", "aperture"), ("peak", "FWHM"), ("position", "PA")
 FAINT_HEADINGS = (
     *("noise", "found / there, false"),
     *(f"bias of flux, S/N {low} to {high}, %" for low, high in FAINT),
@@ -252,15 +252,23 @@ def usual_row(one: Measured) -> list[str]:
     sure, surer = error[ratio > SURE], ratio > SURER
     far = np.abs(error) > FAR_OFF
     clear = surer & (one.true["HIDDEN"] > HIDDEN)
-    widths = [f"{width(values):.2f}" for values in pulls(one).values()]
+    alone = np.asarray(one.true["NEIGHBOUR"] > ALONE)
+    whole = ~alone & np.asarray(one.true["HIDDEN"] > ALONE)
+    own, of_blends = pulls(one, alone), pulls(one, whole)
     return [
         counts(one),
         biased(sure),
         f"{100 * width(sure):.1f}",
         f"{far[surer].sum()} / {surer.sum()}",
         f"{far[clear].sum()} / {clear.sum()}",
-        *(" ".join(widths[k : k + 2]) for k in (0, 2, 4)),
+        *(widths(own[first], own[second]) for first, second in PAIRS),
+        widths(of_blends["flux"], of_blends["position"]),
     ]
+
+
+def widths(*values: np.ndarray) -> str:
+    """Widths of several kinds of deviations; none where there are hardly any sources."""
+    return " ".join(f"{width(kind):.2f}" for kind in values) if len(values[0]) > 1 else ""
 
 
 def faint_row(one: Measured) -> list[str]:

@@ -32,9 +32,10 @@ class GroupBatch(NamedTuple):
         the lower of the first, the upper of the second). A start outside its bounds is moved to
         them.
     free
-        (group, slot, 6) False where a parameter is held at its start. A result's sigma_major is the
-        larger sigma even so: a sigma_major that is held becomes its sigma_minor if the source is
-        larger across, and a theta that is held is turned by a right angle with it.
+        (group, slot, 6) False where a parameter is held at its start, whatever its bounds. Where
+        only a part of a shape is held (in batches of up to 32 slots) the sigma_major of the result
+        is the larger one even so: a sigma_major that is held becomes the sigma_minor if the source
+        is larger across, and a theta that is held is turned by a right angle with it.
     present
         (group, slot) False for slots that hold no source.
     order
@@ -70,7 +71,7 @@ class FitOptions(NamedTuple):
         a parameter is on a bound), or none found (SINGULAR). That is with short first steps, from
         small and from large round sources, and from sizes in between, with positions on the other
         side of their starts, and where they were fitted first with equal peaks. The best fit
-        counts. (Gaussians, up to 32 slots.)
+        counts. (`fit_groups` with up to 32 slots; after robust losses only where none was found.)
     """
 
     loss: str = "linear"
@@ -93,7 +94,8 @@ class FitResult(NamedTuple):
     Attributes
     ----------
     params
-        (group, slot, 6) peak, x, y, sigma_major >= sigma_minor, theta in [0, pi).
+        (group, slot, 6) peak, x, y, sigma_major >= sigma_minor, theta in [0, pi); shapes that are
+        wholly held as they were given.
     coefficients
         (group, monomial) of the background over `models.monomials`, in scaled coordinates; 0 beyond
         the group's order.
@@ -110,7 +112,7 @@ class FitResult(NamedTuple):
         (group,) chi^2 per degree of freedom; n ln(chi^2/n) + k ln n for n pixels and k free
         parameters; weighted sum of squared residuals over that of the data about their mean.
     steps, status
-        (group,) evaluations of the model, of all fits where there were other starts, and
+        (group,) evaluations of the model, of all fits where there were several, and
         CONVERGED, STEP_LIMIT, SINGULAR or NO_DATA.
     on_bound
         (group, slot, 6) parameters that ended on a bound.
@@ -139,7 +141,7 @@ def validated(batch: GroupBatch, options: FitOptions) -> GroupBatch:
         for name in ("data", "weight", "start", "lower", "upper")
     }
     order = arrays.order.astype(np.int32)
-    if not ((order >= -1) & (order <= HIGHEST_ORDER)).all():
+    if not ((order >= -1) & (order <= HIGHEST_ORDER) & (order == arrays.order)).all():
         raise FitInputError(f"order: must be -1 (no background) to {HIGHEST_ORDER}")
     return arrays._replace(**floats, order=order)
 
@@ -172,8 +174,8 @@ def check_options(options: FitOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 0 <= value < np.inf:
             raise FitInputError(f"{name}: must not be negative; got {value}")
-    if options.max_steps < 1:
-        raise FitInputError(f"max_steps: must be at least 1; got {options.max_steps}")
+    if not (1 <= options.max_steps < 2**31 and options.max_steps == int(options.max_steps)):
+        raise FitInputError(f"max_steps: must be a number from 1; got {options.max_steps}")
 
 
 def check_pixels(batch: GroupBatch) -> None:
@@ -199,7 +201,7 @@ def check_parameters(batch: GroupBatch) -> None:
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
 
 
-def shapes_partly_held(free: Bool[np.ndarray, "group slot 6"]) -> Bool[np.ndarray, " group"]:
+def shapes_partly_held(free: Bool[Array, "group slot 6"]) -> Bool[Array, " group"]:
     """Whether something, but not all, of the shape of one of a group's sources is held."""
     shape = free[..., MAJOR:].astype(bool)
-    return np.asarray((shape.any(-1) & ~shape.all(-1)).any(-1))
+    return (shape.any(-1) & ~shape.all(-1)).any(-1)

@@ -67,6 +67,8 @@ _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is no
 _DEVICE_LANES = 16384  # of it, at most
 _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS, _FEW_STEPS_TO_BOUND = 9, 7  # that a fit takes from a fair start
+_SAME_COST = 1e-6  # relative difference
+_LEAST_SIZE = 0.5  # sigma of a source that pixels can tell
 _SMALL = 0.05  # of the way from the smallest to the largest size: small sources
 _OTHER_DAMPING = 1.0  # of the first step where the fit before was doubtful
 _ALIGNMENT = 64  # bytes, of arrays that jax does not copy
@@ -131,6 +133,8 @@ def fit_groups(
     """
     batch = validated(batch, options)
     _, ny, nx = batch.data.shape
+    if highest_order > HIGHEST_ORDER:
+        raise FitInputError(f"highest_order: at most {HIGHEST_ORDER}; got {highest_order}")
     wanted = max(int(batch.order.max()), highest_order)
     highest = next(order for order in _ORDERS if wanted <= order)
     slots = batch.start.shape[1]
@@ -164,18 +168,22 @@ def _with_held_axes(
     """The fits of groups with shapes that are partly held, from those with their shapes `free`.
 
     An angle that is far off does not find back: halfway the axes are alike, and it has no effect.
-    So they begin at the free shape, twice: its axes have two names.
+    So they begin at the free shape, twice, as its axes have two names, and at the given start.
     """
-    exchanged = _axes_exchanged(free.params, np.ones(batch.present.shape, bool))
-    closer = _from_held(batch, exchanged) < _from_held(batch, free.params)
-    best, other = (
-        _in_lanes(model, options, batch._replace(start=np.where(batch.free, named, batch.start)))
-        for named in (_axes_exchanged(free.params, which) for which in (closer, ~closer))
-    )
-    steps = free.steps + best.steps + other.steps
-    better = np.flatnonzero((other.status == CONVERGED) & ~(best.cost <= other.cost))
-    _replace(best, better, _rows_of(other, better))
-    return best._replace(steps=steps)
+    sound = np.isfinite(free.params).all(-1) & (free.params[..., MAJOR:THETA] > 0).all(-1)
+    there = batch.present & sound
+    shapes = np.where(there[..., None], free.params, batch.start)
+    closer = _from_held(batch, _axes_exchanged(shapes, there)) < _from_held(batch, shapes)
+    names = (_axes_exchanged(shapes, there & which) for which in (closer, ~closer))
+    fits = [
+        _in_lanes(model, options, batch._replace(start=np.where(batch.free, start, batch.start)))
+        for start in (*names, batch.start)
+    ]
+    best = fits[0]
+    for other in fits[1:]:
+        better = _lower(other, best)
+        _replace(best, better, _rows_of(other, better))
+    return best._replace(steps=free.steps + sum(fit.steps for fit in fits))
 
 
 def _from_held(batch: GroupBatch, params: np.ndarray) -> np.ndarray:
@@ -198,6 +206,12 @@ def _replace(result: FitResult, rows: np.ndarray, new: FitResult) -> None:
     """Put other results in some rows."""
     for whole, own in zip(result, new, strict=True):
         whole[rows] = own
+
+
+def _lower(one: FitResult, other: FitResult) -> np.ndarray:
+    """Rows in which one result has converged to a lower cost, or alone to the same."""
+    share = np.where(other.status == CONVERGED, 1, 1 - _SAME_COST)
+    return np.flatnonzero((one.status == CONVERGED) & ~(other.cost <= share * one.cost))
 
 
 def _rows_of(batch: _Rows, rows: np.ndarray) -> _Rows:
@@ -223,9 +237,9 @@ def _best_of_starts(
     model: GaussianGroup, options: FitOptions, batch: GroupBatch, result: FitResult
 ) -> FitResult:
     """The result, with doubtful fits of several sources replaced by better ones from elsewhere."""
-    many = _FEW_STEPS if model.loss == "linear" else options.max_steps  # robust ones take more
-    few = np.where(result.on_bound.any((1, 2)), _FEW_STEPS_TO_BOUND, many)
-    doubtful = (result.status == SINGULAR) | (result.status == CONVERGED) & (result.steps > few)
+    few = np.where(result.on_bound.any((1, 2)), _FEW_STEPS_TO_BOUND, _FEW_STEPS)
+    slow = (result.steps > few) & (model.loss == "linear")  # robust ones take more steps
+    doubtful = (result.status == SINGULAR) | (result.status == CONVERGED) & slow
     doubtful &= batch.present.sum(1) > 1
     fit = functools.partial(_fitted, model, options._replace(damping=_OTHER_DAMPING))
     before = batch.start
@@ -237,7 +251,7 @@ def _best_of_starts(
         some = _rows_of(batch._replace(start=start), again)
         other = in_pieces(fit, some, model, options)
         steps = result.steps[again] + other.steps
-        better = np.flatnonzero((other.status == CONVERGED) & ~(result.cost[again] <= other.cost))
+        better = _lower(other, _rows_of(result, again))
         _replace(result, again[better], _rows_of(other, better))
         result.steps[again] = steps
     return result
@@ -250,14 +264,14 @@ def _other_starts(batch: GroupBatch, fitted: np.ndarray) -> Iterator[np.ndarray]
     fewest in a minimum that is not the lowest one known.
     """
     moves = batch.free & batch.present[..., None]
-    low = np.where(batch.present, batch.lower[..., MINOR], 1)
-    high = np.where(batch.present, batch.upper[..., MAJOR], 1)
+    seen = _LEAST_SIZE, max(batch.data.shape[1:]) / 2  # sizes that the cutout can tell
+    low = np.clip(np.where(batch.present, batch.lower[..., MINOR], 1), *seen)
+    high = np.clip(np.where(batch.present, batch.upper[..., MAJOR], 1), *seen)
 
     def begun(share: float, places: np.ndarray, peaks: np.ndarray) -> np.ndarray:
         size = (low ** (1 - share) * high**share)[..., None]
-        known = np.isfinite(size)
-        shape = np.where(known, np.where(known, size, 0) * [1, 1, 0], batch.start[..., MAJOR:])
-        start = np.where(moves, np.concatenate([peaks, places, shape], -1), batch.start)
+        columns = [peaks, places, size, size, fitted[..., THETA:]]
+        start = np.where(moves, np.concatenate(columns, -1), batch.start)
         return start.astype(batch.start.dtype)
 
     peaks, places = batch.start[..., :X], batch.start[..., X:MAJOR]
@@ -281,8 +295,15 @@ def fit_spectra(batch: GroupBatch, side: int, options: FitOptions = FitOptions()
     side
         Side of the windows, pixels, even.
     options
-        See `FitOptions`; the loss is linear.
+        See `FitOptions`; the loss is linear, and there are no other starts.
+
+    Raises
+    ------
+    FitInputError
+        If a part of a shape is held.
     """
+    if shapes_partly_held(batch.free & batch.present[..., None]).any():
+        raise FitInputError("free: both sigmas and theta of a source are free, or none of them")
     model = SpectralGroup(Grid((side, side)), batch.start.shape[1], -1)
     result = in_pieces(functools.partial(_fitted, model, options), batch, model, options)
     power = np.sum(batch.data**2, axis=(1, 2))
@@ -327,14 +348,15 @@ def _fitted(
     slopes = slopes_of(model, scale.unit, _sources_of(model, solution))
     inverse = propagated(slopes, scale.unit, solution.normal.matrix)
     result = _to_results(model, batch, problems.free, solution, scale, inverse)
-    return _with_axes_in_order(result) if isinstance(model, AxesGroup) else result
+    return _with_axes_in_order(batch, result) if isinstance(model, AxesGroup) else result
 
 
-def _with_axes_in_order(result: FitResult) -> FitResult:
-    """The result with the larger axis of each source as the major one."""
+def _with_axes_in_order(batch: GroupBatch, result: FitResult) -> FitResult:
+    """The result with the larger axis of each source that is not wholly held as the major one."""
     count, slots = result.params.shape[:2]
     size = result.covariance.shape[-1]
     crossed = result.params[..., MINOR] > result.params[..., MAJOR]
+    crossed &= batch.free[..., MAJOR:].any(-1)
     place = np.arange(SHAPE)
     other = np.where(place == MAJOR, MINOR, np.where(place == MINOR, MAJOR, place))
     order = np.where(crossed[..., None], other, place)

@@ -63,8 +63,9 @@ def fit_parameters(
     params
         (group, slot, 6) peak, x, y, sigma_major, sigma_minor, theta. The angle of a circular
         source has no derivative; it is given as 0. Where something, but not all, of a shape is held
-        (`free` must be known at compile time then), the axes of all sources are as they are named:
-        sigma_major may be the smaller one.
+        the axes of all sources are as they are named (sigma_major may be the smaller one), and the
+        start must be near: take it from `hyperjax.fit_groups`. `free` must be known at compile time
+        then; where it is not, such groups are NaN.
     coefficients
         (group, monomial) of the background, as `FitResult.coefficients`.
 
@@ -89,6 +90,7 @@ def fit_parameters(
     check_shapes(batch, options)
     if known.order is not None and known.order.max() > highest_order:
         raise FitInputError(f"order: {known.order.max()} is above highest_order, {highest_order}")
+    batch = batch._replace(free=batch.free.astype(bool), present=batch.present.astype(bool))
     partly = known.free is not None and shapes_partly_held(known.free).any()
     _, ny, nx = batch.data.shape
     kind = AxesGroup if partly else GaussianGroup
@@ -99,7 +101,12 @@ def fit_parameters(
     exact = 0.0 if options.ftol is None else options.ftol
     tolerances = tolerances_of(options._replace(ftol=exact), ny * nx, batch.data.dtype)
     solved = optimum(model, problems, jax.tree.map(jnp.asarray, tolerances))
-    return to_parameters(jnp, model, batch, scale, solved)
+    params, coefficients = to_parameters(jnp, model, batch, scale, solved)
+    if known.free is None:
+        unfit = shapes_partly_held(batch.free & batch.present[..., None])
+        params = jnp.where(unfit[:, None, None], jnp.nan, params)
+        coefficients = jnp.where(unfit[:, None], jnp.nan, coefficients)
+    return params, coefficients
 
 
 class _Known(NamedTuple):

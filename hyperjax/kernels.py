@@ -54,7 +54,6 @@ class _Kind(NamedTuple):
 
     model: Model
     lanes: int
-    double: bool
     arguments: tuple[jax.ShapeDtypeStruct, ...]
     structure: Any
     device: jax.Device
@@ -82,7 +81,7 @@ def solve_on(
     double = problems.data.dtype == np.float64
     with jax.enable_x64(double), jax.default_matmul_precision("highest"):
         with _making:  # threads ask for a program at the same time
-            solve = _program(_Kind(model, lanes, double, specs, structure, device))
+            solve = _program(_Kind(model, lanes, specs, structure, device))
         return jax.tree.unflatten(_SOLVED, solve(*leaves))
 
 
@@ -109,11 +108,14 @@ def _program(kind: _Kind) -> Callable[..., list[Array]]:
 
 
 def _compiled(lowered: jax.stages.Lowered, options: CompilerOptions) -> jax.stages.Compiled:
-    """Compile a program, without those options that this compiler does not know, or so."""
+    """Compile a program, without those options, or kinds of them, that this compiler lacks."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        told = re.search(r"No such compile option: '(\w+)'|While setting option (\w+)", str(error))
+        told = re.search(
+            r"No such compile option: '(\w+)'|option (\w+), '\w*' is not a valid enum value",
+            str(error),
+        )
         unknown = [name for name in options if told and name in told.groups()]
         if not unknown:
             raise

@@ -712,9 +712,23 @@ class AxesGroup(GaussianGroup):
     sources of which nothing or all of the shape is held.
     """
 
-    chart = Objective.chart
     path = Objective.path
     retract = Objective.retract
+
+    def chart(
+        self, params: Float[Array, " P"], gradient: Float[Array, " P"], problem: Problem
+    ) -> Chart:
+        """The parameters themselves, with the curvature of a turn as in `shape_chart`.
+
+        At a constant axis ratio a turn moves (e1, e2) on a circle of the radius e = log a - log b,
+        at twice the angle: the second derivative is -2 e (slope by log a - slope by log b).
+        """
+        chart = Objective.chart(self, params, gradient, problem)
+        _, _, _, log_a, log_b, _ = self._sources(params).T
+        _, _, _, by_a, by_b, _ = self._sources(gradient).T
+        bend = jnp.maximum(-2 * (log_a - log_b) * (by_a - by_b), 0)
+        shapes = jnp.stack([jnp.zeros_like(bend), jnp.zeros_like(bend), bend], 1)
+        return chart._replace(bend=self._with_shapes(chart.bend, shapes))
 
     def image(self, params: Float[Array, " P"]) -> Float[Array, " pixel"]:
         """The model on the pixels."""

@@ -136,7 +136,8 @@ def _to_problems(
     first = batch.present.argmax(1)
     there = batch.present[..., None]
     start = np.where(there, batch.start, batch.start[np.arange(count), first][:, None])
-    inside = np.where(batch.free & there, np.clip(start, batch.lower, batch.upper), start)
+    free = batch.free & there
+    inside = np.where(free, np.clip(start, batch.lower, batch.upper), start)
 
     def whole(sources: np.ndarray, switch: np.ndarray, background: np.ndarray) -> np.ndarray:
         return np.concatenate(
@@ -150,9 +151,9 @@ def _to_problems(
         data=np.where(weight > 0, data - offset[:, None], 0),
         weight=np.sqrt(weight),
         start=whole(inside, there.astype(dtype), smooth),
-        lower=whole(np.where(there, batch.lower, -np.inf), -end, smooth - np.inf),
-        upper=whole(np.where(there, batch.upper, np.inf), end, smooth + np.inf),
-        free=whole(batch.free & there, there & False, degrees <= batch.order[:, None]),
+        lower=whole(np.where(free, batch.lower, -np.inf), -end, smooth - np.inf),
+        upper=whole(np.where(free, batch.upper, np.inf), end, smooth + np.inf),
+        free=whole(free, there & False, degrees <= batch.order[:, None]),
         ridge=whole(np.zeros_like(inside), np.zeros_like(end), smooth + penalty).astype(dtype),
         f_scale=np.full(count, options.f_scale, dtype),
         weight_moments=np.zeros((count, 0), dtype),

@@ -29,6 +29,8 @@ def to_problems(
     dtype = batch.data.dtype
     there = batch.present[..., None]
     free = batch.free & there
+    slots_filled = {n: xp.where(there, getattr(batch, n), 1) for n in ("start", "lower", "upper")}
+    batch = batch._replace(**slots_filled)
     low, high = _sigma_bounds(xp, batch)
     start = xp.where(free, _feasible(xp, batch, low, high), batch.start)
     start = xp.where(there, _to_engine(xp, model, start), 0)
@@ -45,8 +47,8 @@ def to_problems(
         data=batch.data.reshape(count, -1),
         weight=batch.weight.reshape(count, -1),
         start=whole(start, np.zeros(smooth, dtype)),
-        lower=whole(xp.where(there, lower, -np.inf), -edge),
-        upper=whole(xp.where(there, upper, np.inf), edge),
+        lower=whole(xp.where(free, lower, -np.inf), -edge),
+        upper=whole(xp.where(free, upper, np.inf), edge),
         free=whole(free, degrees <= batch.order[:, None]),
         ridge=whole(
             np.zeros((count, slots * SHAPE), dtype), np.full(smooth, options.lambda_l2, dtype)
@@ -199,7 +201,23 @@ def slopes_of(model: GaussianGroup, unit: np.ndarray, source: np.ndarray) -> np.
 
 
 def propagated(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """S C S^T for the block-diagonal S of the sources' `slopes` and the coefficients' `unit`."""
+    """S C S^T for the block-diagonal S of the sources' `slopes` and the coefficients' `unit`.
+
+    NaN is what goes with a parameter whose variance is NaN, and nothing else.
+    """
+    unknown = np.isnan(np.diagonal(inverse, axis1=1, axis2=2))
+    if not unknown.any():
+        return _turned(slopes, unit, inverse)
+    count, slots = slopes.shape[:2]
+    ends = slots * SHAPE
+    clean = np.where(unknown[:, :, None] | unknown[:, None, :], 0, inverse)
+    from_sources = unknown[:, :ends].reshape(count, slots, 1, SHAPE) & (slopes != 0)
+    lost = np.concatenate([from_sources.any(-1).reshape(count, ends), unknown[:, ends:]], 1)
+    lost = lost[:, :, None] | lost[:, None, :]
+    return np.where(lost, np.nan, _turned(slopes, unit, clean))
+
+
+def _turned(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.ndarray:
     count, slots = slopes.shape[:2]
     size, ends = inverse.shape[-1], slots * SHAPE
     half = inverse[:, :ends].reshape(count, slots, SHAPE, size)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from hyperjax import kernels
 from hyperjax.parts import Packed, apart, in_turns, packed
 
 OWN_THREAD = """
@@ -114,13 +113,3 @@ def test_rows_are_taken_in_turns(at_once: int, count: int | None) -> None:
         assert_array_equal(values[:done], right[:done])
         turns = -(-done // at_once) * at_once
         assert (values[turns:] == 0).all()
-
-
-def test_options_that_a_compiler_does_not_know_are_left_out() -> None:
-    """By their name, or by their value; the others are not."""
-    lowered = jax.jit(lambda x: x @ x).lower(jnp.ones((3, 3)))
-    options = {"xla_cpu_no_such_option": True, "xla_cpu_prefer_vector_width": 256}
-    options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_OF_ANOTHER_YEAR"
-    assert_array_equal(kernels._compiled(lowered, options)(jnp.ones((3, 3))), np.full((3, 3), 3.0))
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        lowered.compile(compiler_options=options)

@@ -148,9 +148,10 @@ def test_single_precision() -> None:
 
 
 def test_options_that_the_compiler_does_not_know_are_left_out() -> None:
-    """But a wrong value of one that it knows is an error."""
+    """By their name, or the name of a kind; a wrong value of one that it knows is an error."""
     lowered = jax.jit(lambda x: 2 * x).lower(1.0)
     options: dict[str, bool | str] = {"xla_no_such_option": True, "xla_another": "a"}
+    options["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_OF_ANOTHER_YEAR"
     assert _compiled(lowered, options | {"xla_cpu_multi_thread_eigen": False})(2.0) == 4.0
     with pytest.raises(jax.errors.JaxRuntimeError):
         _compiled(lowered, {"xla_cpu_multi_thread_eigen": "perhaps"})

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 from test_implicit import quick_jit
 
+from hyperjax.errors import FitInputError
 from hyperjax.fitting import CONVERGED, FitOptions, GroupBatch, fit_groups, fit_spectra
 from hyperjax.models import Grid, Problem, gaussian
 from hyperjax.spectral import SpectralGroup, modes
@@ -166,3 +167,11 @@ def test_an_empty_window_is_no_data() -> None:
     batch = spectral_batch(image[None], start)
     empty = batch._replace(weight=0 * batch.weight, data=0 * batch.data)
     assert fit_spectra(empty, SIDE).status[0] != CONVERGED
+
+
+def test_parts_of_shapes_are_not_held_in_spectra() -> None:
+    image, start = one_source(2)
+    batch = spectral_batch(image[None], start)
+    batch.free[..., 5] = False
+    with pytest.raises(FitInputError, match=r"^free: both sigmas and theta"):
+        fit_spectra(batch, SIDE)
