@@ -32,6 +32,7 @@ from hyperjax.errors import (
 )
 
 if TYPE_CHECKING:
+    from hyperjax.batches import FitOptions, FitResult, GroupBatch
     from hyperjax.config import Config
     from hyperjax.config_io import load_config
     from hyperjax.evaluate import score
@@ -56,6 +57,9 @@ __all__ = [
     "ConfigError",
     "Extraction",
     "FitInputError",
+    "FitOptions",
+    "FitResult",
+    "GroupBatch",
     "HyperjaxError",
     "Map",
     "MapError",
@@ -88,6 +92,9 @@ _HOME = {
     "Completeness": "injection",
     "Config": "config",
     "Extraction": "pipeline",
+    "FitOptions": "batches",
+    "FitResult": "batches",
+    "GroupBatch": "batches",
     "Map": "maps",
     "Simulation": "simulation",
     "completeness": "injection",

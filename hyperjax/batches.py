@@ -27,15 +27,14 @@ class GroupBatch(NamedTuple):
         (group, ny, nx) inverse variance of the data, 0 where masked.
     start, lower, upper
         (group, slot, 6) start and bounds of peak, x, y, sigma_major, sigma_minor (pixels;
-        0-based pixel centres of the cutout) and theta (rad, from +x towards +y; its bounds are
-        not read, and both sigmas of a source share the bounds of sigma_minor and sigma_major:
-        the lower of the first, the upper of the second). A start outside its bounds is moved to
-        them.
+        0-based pixel centres of the cutout) and theta (rad, from +x towards +y). The bounds of
+        both sigmas are ``lower[..., 4]`` and ``upper[..., 3]``; those of theta are not read. A
+        start outside its bounds is moved to them.
     free
         (group, slot, 6) False where a parameter is held at its start, whatever its bounds. Where
         only a part of a shape is held (in batches of up to 32 slots) the sigma_major of the result
-        is the larger one even so: a sigma_major that is held becomes the sigma_minor if the source
-        is larger across, and a theta that is held is turned by a right angle with it.
+        is the larger one even so: a sigma_major that is held becomes the sigma_minor if the other
+        axis is longer, and a theta that is held is turned by a right angle with it.
     present
         (group, slot) False for slots that hold no source.
     order
@@ -95,16 +94,16 @@ class FitResult(NamedTuple):
     ----------
     params
         (group, slot, 6) peak, x, y, sigma_major >= sigma_minor, theta in [0, pi); shapes that are
-        wholly held as they were given.
+        wholly held as they were given. The flux is 2 pi peak sigma_major sigma_minor.
     coefficients
-        (group, monomial) of the background over `models.monomials`, in scaled coordinates; 0 beyond
-        the group's order.
+        (group, monomial) of the background over `models.monomials`, in scaled coordinates: 0 is the
+        centre of the cutout, and max(ny, nx) / 2 pixels are 1. 0 beyond the group's order.
     covariance
-        (group, P, P) of the sources' parameters and then the coefficients: the inverse of the
-        Gauss-Newton matrix at the optimum, for a robust loss times the spread of the residuals
-        (`models.misfit`); 0 for what was held, NaN where it is singular. For batches of more than
-        32 slots (group, slot, 6, 6): each source's own block of it, as the whole grows with the
-        square of their number.
+        (group, P, P) of the sources' parameters, six for each slot, and then the coefficients: the
+        inverse of the Gauss-Newton matrix at the optimum, for a robust loss times the spread of the
+        residuals (`models.misfit`); 0 for what was held, NaN where it is singular. For batches of
+        more than 32 slots (group, slot, 6, 6): each source's own block of it, as the whole grows
+        with the square of their number.
     cost
         (group,) half the weighted sum of squared residuals (of the loss). It and the statistics are
         NaN for a group without data.
@@ -113,7 +112,7 @@ class FitResult(NamedTuple):
         parameters; weighted sum of squared residuals over that of the data about their mean.
     steps, status
         (group,) evaluations of the model, of all fits where there were several, and
-        CONVERGED, STEP_LIMIT, SINGULAR or NO_DATA.
+        CONVERGED (1), STEP_LIMIT (2), SINGULAR (3) or NO_DATA (4), names of `hyperjax.fitting`.
     on_bound
         (group, slot, 6) parameters that ended on a bound.
     """
@@ -195,9 +194,11 @@ def check_parameters(batch: GroupBatch) -> None:
         raise FitInputError("start: not finite")
     if not (batch.start[there][:, MAJOR : MINOR + 1] > 0).all():
         raise FitInputError("start: sigma_major and sigma_minor must be positive")
-    bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA]
+    free = batch.free[there][:, :THETA]
+    bounded = (batch.lower[there] <= batch.upper[there])[:, :THETA] | ~free
     least, most = batch.lower[there][:, MINOR], batch.upper[there][:, MAJOR]
-    if not bounded.all() or not ((least > 0) & (least <= most)).all():
+    sized = (least > 0) & (least <= most) | ~free[:, MAJOR:].any(1)
+    if not bounded.all() or not sized.all():
         raise FitInputError("lower, upper: need lower <= upper, and positive sigmas")
 
 

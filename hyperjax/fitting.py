@@ -114,6 +114,9 @@ def fit_groups(
     --------
     One source on a plane, in one cutout of unit noise::
 
+        from hyperjax import GroupBatch, fit_groups
+
+        rng = np.random.default_rng(0)
         y, x = np.mgrid[:24, :24]
         data = 20 * np.exp(-((x - 11.3) ** 2 + (y - 12.1) ** 2) / 8) + rng.normal(size=(24, 24))
         start = np.array([15, 11, 12, 1.7, 1.7, 0])

@@ -64,8 +64,9 @@ def fit_parameters(
         (group, slot, 6) peak, x, y, sigma_major, sigma_minor, theta. The angle of a circular
         source has no derivative; it is given as 0. Where something, but not all, of a shape is held
         the axes of all sources are as they are named (sigma_major may be the smaller one), and the
-        start must be near: take it from `hyperjax.fit_groups`. `free` must be known at compile time
-        then; where it is not, such groups are NaN.
+        start must be near. Take it from `hyperjax.fit_groups`; where that has exchanged the axes of
+        a source (what was held is in the other place), exchange them back. `free` must be known at
+        compile time then; where it is not, such groups are NaN.
     coefficients
         (group, monomial) of the background, as `FitResult.coefficients`.
 

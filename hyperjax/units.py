@@ -92,9 +92,10 @@ def _or_one(xp: ModuleType, values: Array) -> Array:
 
 
 def _sigma_bounds(xp: ModuleType, batch: GroupBatch) -> tuple[Array, Array]:
-    """Bounds (group, slot) of both sigmas; 1 for slots without a source."""
-    low = xp.where(batch.present, batch.lower[..., MINOR], 1)
-    return low, xp.where(batch.present, batch.upper[..., MAJOR], 1)
+    """Bounds (group, slot) of both sigmas; 1 where none is fitted."""
+    fitted = batch.present & xp.any(batch.free[..., MAJOR:THETA], -1)
+    low = xp.where(fitted, batch.lower[..., MINOR], 1)
+    return low, xp.where(fitted, batch.upper[..., MAJOR], 1)
 
 
 def _feasible(xp: ModuleType, batch: GroupBatch, low: Array, high: Array) -> Array:
