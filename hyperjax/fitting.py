@@ -67,6 +67,7 @@ _DEVICE_BYTES = 4_000_000_000  # working set of the lanes of a device that is no
 _DEVICE_LANES = 16384  # of it, at most
 _ROUNDING = 8  # of a model's pixel, in the last digit of data of unit scale
 _FEW_STEPS, _FEW_STEPS_TO_BOUND = 9, 7  # that a fit takes from a fair start
+_HELD_REACH = 4.0  # factor by which sigmas that are held may differ from free ones
 _SAME_COST = 1e-6  # relative difference
 _LEAST_SIZE = 0.5  # sigma of a source that pixels can tell
 _SMALL = 0.05  # of the way from the smallest to the largest size: small sources
@@ -150,7 +151,8 @@ def fit_groups(
                 "source are free, or none of them"
             )
         return _large(GaussianGroup(*kind), options, batch)
-    result = _in_lanes(GaussianGroup(*kind), options, _with_whole_shapes(batch))
+    whole = _with_whole_shapes(batch) if partly.any() else batch
+    result = _in_lanes(GaussianGroup(*kind), options, whole)
     rows = np.flatnonzero(partly)
     if rows.size:
         some = _rows_of(batch, rows)
@@ -160,9 +162,18 @@ def fit_groups(
 
 
 def _with_whole_shapes(batch: GroupBatch) -> GroupBatch:
-    """The batch with all of a source's shape free where something of it is."""
+    """The batch with all of a source's shape free where something of it is.
+
+    Sigmas that are both held have no bounds (theirs are not read): some, about what they are.
+    """
     shape = batch.free[..., MAJOR:].any(-1, keepdims=True) & (np.arange(SHAPE) >= MAJOR)
-    return batch._replace(free=batch.free | shape)
+    held = shape & ~batch.free[..., MAJOR:THETA].any(-1, keepdims=True)
+    sigmas = batch.start[..., MAJOR:THETA]
+    return batch._replace(
+        free=batch.free | shape,
+        lower=np.where(held, sigmas.min(-1, keepdims=True) / _HELD_REACH, batch.lower),
+        upper=np.where(held, sigmas.max(-1, keepdims=True) * _HELD_REACH, batch.upper),
+    )
 
 
 def _with_held_axes(

@@ -93,7 +93,7 @@ def _or_one(xp: ModuleType, values: Array) -> Array:
 
 def _sigma_bounds(xp: ModuleType, batch: GroupBatch) -> tuple[Array, Array]:
     """Bounds (group, slot) of both sigmas; 1 where none is fitted."""
-    fitted = batch.present & xp.any(batch.free[..., MAJOR:THETA], -1)
+    fitted = xp.any(batch.free[..., MAJOR:THETA], -1)
     low = xp.where(fitted, batch.lower[..., MINOR], 1)
     return low, xp.where(fitted, batch.upper[..., MAJOR], 1)
 
@@ -208,17 +208,18 @@ def propagated(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.
     """
     unknown = np.isnan(np.diagonal(inverse, axis1=1, axis2=2))
     if not unknown.any():
-        return _turned(slopes, unit, inverse)
+        return _transformed(slopes, unit, inverse)
     count, slots = slopes.shape[:2]
     ends = slots * SHAPE
     clean = np.where(unknown[:, :, None] | unknown[:, None, :], 0, inverse)
     from_sources = unknown[:, :ends].reshape(count, slots, 1, SHAPE) & (slopes != 0)
     lost = np.concatenate([from_sources.any(-1).reshape(count, ends), unknown[:, ends:]], 1)
     lost = lost[:, :, None] | lost[:, None, :]
-    return np.where(lost, np.nan, _turned(slopes, unit, clean))
+    return np.where(lost, np.nan, _transformed(slopes, unit, clean))
 
 
-def _turned(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _transformed(slopes: np.ndarray, unit: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """As `propagated`, of what is known."""
     count, slots = slopes.shape[:2]
     size, ends = inverse.shape[-1], slots * SHAPE
     half = inverse[:, :ends].reshape(count, slots, SHAPE, size)

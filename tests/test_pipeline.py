@@ -4,6 +4,7 @@ A pull is (measured - true) / error. For n sources its mean scatters by 1 / sqrt
 from its median absolute deviation by 1.17 / sqrt(n), where the errors are right.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -705,14 +706,11 @@ def residual_of(sources: Scene, values: NDArray) -> NDArray:
 
 def least_squares_fit(sources: Scene, start: NDArray | None = None) -> NDArray:
     """Parameters (6, n) of all sources of a scene at once, by scipy, from the truth if no other."""
-
-    def residual(values: NDArray) -> NDArray:
-        return residual_of(sources, values)
-
     first = np.concatenate(sources[:6]) if start is None else start.ravel()
     scale = np.concatenate(
         [sources.peak, np.ones(4 * len(sources.x)), 0.3 * np.ones_like(sources.x)]
     )
+    residual = functools.partial(residual_of, sources)
     solution = least_squares(residual, first, x_scale=scale, method="lm")
     return np.asarray(solution.x.reshape(6, -1))
 

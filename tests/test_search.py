@@ -141,7 +141,7 @@ def test_edges_make_no_sources_where_noise_has_directions(tmp_path: Path) -> Non
     map, truth = made(tmp_path, **options)
     found = extract(map)
     assert len(found.catalog) == len(matched_rows(found, truth)[0]) > 50
-    assert found.catalog.meta["residual_peaks"] <= len(truth) - len(found.catalog)
+    assert found.catalog.meta["residual_peaks"] < min(5, len(truth) - len(found.catalog))
 
 
 def test_two_sources_closer_than_the_beam_are_told_apart(tmp_path: Path) -> None:
