@@ -20,7 +20,7 @@ from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.radial import explained_by_profiles
 from hyperjax.runtime import at_once
-from hyperjax.sources import SourceFits
+from hyperjax.sources import SourceFits, nearest_values
 from hyperjax.whitened import (
     ROUGH,
     SLOTS,
@@ -154,6 +154,10 @@ def better_sources(
     near = np.zeros(len(which), bool)
     for option, after in zip(options, fitted[len(tried) :], strict=True):
         block, before = option.block, at_present[option.block]
+        more = len(option.sources) - len(sources[block])
+        gain = 2 * (before.cost - after.cost)
+        if more > 0 and 2 * gain < more * worth_of_one(field.config.detection.sigma_thres):
+            continue  # it is not near, whatever else it must be worth
         worth = _worth(
             field,
             int(placed.side[block]),
@@ -163,8 +167,7 @@ def better_sources(
             before,
             after,
         )
-        gain = 2 * (before.cost - after.cost)
-        gain -= worth * np.sign(len(option.sources) - len(sources[block]))
+        gain -= worth * np.sign(more)
         near[block] |= gain > -worth / 2
         if after.on_map is not None and gain > best.get(block, (0.0,))[0]:
             best[block] = (gain, after.on_map)
@@ -232,7 +235,7 @@ def _alternatives(
         np.column_stack([peaks.x, peaks.y])
     )
     near = np.flatnonzero(distance < NEAR_FWHM * field.fwhm_pix)
-    block = own[nearest[near]]
+    points, block = _point_sources(field, noise, peaks.take(near)), own[nearest[near]]
     order = np.argsort(block, kind="stable")
     ends = np.searchsorted(block[order], np.arange(len(placed.members) + 1))
     for index, members in enumerate(placed.members):
@@ -246,9 +249,9 @@ def _alternatives(
                 yield _Alternative(index, rest)
         if fresh and len(members) > 2 and present[:, 0].any():
             yield _Alternative(index, merged(present))
-        for new in near[order[ends[index] : ends[index + 1]]]:
-            added = _in_window(peaks, int(new), field, noise, placed, index)
-            yield _Alternative(index, np.vstack([present, added]))
+        corner = np.array([0, placed.x0[index], placed.y0[index], 0, 0, 0])
+        for new in order[ends[index] : ends[index + 1]]:
+            yield _Alternative(index, np.vstack([present, points[new] - corner]))
 
 
 def merged(sources: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -286,15 +289,11 @@ def halves(source: NDArray[np.float64], field: Field) -> NDArray[np.float64]:
     return both
 
 
-def _in_window(
-    peaks: Peaks, which: int, field: Field, noise: Noise, placed: Windows, block: int
-) -> NDArray[np.float64]:
-    """A peak as a point source (1, 6) in a block's window."""
-    one = peaks.take(np.array([which]))
-    size = np.full(1, field.sigma_pix)
-    source = SourceFits.guess(np.column_stack([one.peak, one.x, one.y, size, size, 0 * size]))
-    alone = placed._replace(members=[np.array([0])], x0=placed.x0[[block]], y0=placed.y0[[block]])
-    return in_windows(source, noise, alone, np.array([0]))
+def _point_sources(field: Field, noise: Noise, peaks: Peaks) -> NDArray[np.float64]:
+    """Peaks as point sources (n, 6), in units of the noise."""
+    unit = nearest_values(noise.scale, peaks.x, peaks.y)
+    size = np.full(len(unit), field.sigma_pix)
+    return np.column_stack([peaks.peak / unit, peaks.x, peaks.y, size, size, 0 * size])
 
 
 def _tried(
@@ -329,15 +328,14 @@ def _tried(
 
     fitted: dict[int, _Fitted] = {}
     for some, (result, sound) in zip(alike, at_once(fit, alike), strict=True):
+        corner = (at[block[some.which], None] for at in (placed.x0, placed.y0))
+        there, _ = on_map(result.params, noise, *corner)
         for i, option in enumerate(some.which.tolist()):
-            params, window = result.params[i, : count[option]], some.window[i]
-            corner = np.full(count[option], block[option])
+            window, of_one = some.window[i], slice(count[option])
             fitted[option] = _Fitted(
                 cost=float(result.cost[i]),
-                sources=params,
-                on_map=on_map(params, noise, placed.x0[corner], placed.y0[corner])[0]
-                if sound[i]
-                else None,
+                sources=result.params[i, of_one],
+                on_map=there[i, of_one] if sound[i] else None,
                 data=some.data[window],
                 weight=some.weight[window],
             )

@@ -40,8 +40,10 @@ from hyperjax.whitened import (
     first_noise,
     fit_new,
     is_cut,
+    overlapping,
     significance,
     sweep,
+    sweep_again,
     updated_noise,
     waves_of,
     whitened,
@@ -80,20 +82,21 @@ class Found(NamedTuple):
 
 def find_sources(field: Field) -> Found | None:
     """Find and fit all sources of a map; None if the spectrum of its noise cannot be had."""
-    noise_of_all = first_noise(field)
+    all_of_it = filtered(field, None)
+    noise_of_all = first_noise(field, all_of_it)
     if noise_of_all is None:
         return None
     noise, pattern = noise_of_all
     threshold = field.config.detection.sigma_thres
-    first = find_peaks(field, noise, waves_of(noise, filtered(field, None)), threshold)
+    first = find_peaks(field, noise, waves_of(noise, all_of_it), threshold)
     fits = sweep(field, noise, _as_sources(field, _without_faint(field, first)), ROUGH).fits
     asked = field.config.fit_options
     options = FitOptions(
         ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
     )
-    settled, wary = np.zeros(len(fits.x), bool), True
+    settled, wary, left = np.zeros(len(fits.x), bool), True, None
     for number in range(_NOISES):
-        left, before = filtered(field, fits), noise
+        left, before = filtered(field, fits) if left is None else left, noise
         noise = updated_noise(field, before, fits, left)
         pattern = pattern or noise.spectrum.stands_out
         wary = wary and number < _WARY_NOISES
@@ -109,46 +112,71 @@ def find_sources(field: Field) -> Found | None:
             break
         moving = _moving(fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
-        fits, settled, changes = _searched(
+        fits, settled, changes, left = _searched(
             field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
         )
         logger.debug("noise %d: %d changes, %d sources moved", number, changes, moving.sum())
         if number and changes == 0 and wary and pattern:
             wary = False
         elif number and changes == 0:
-            if keep.all() and not (moving | is_cut(field, fits)).any():
-                return _found(field, noise, swept)
-            break
-    return _settled(field, noise, fits, options)
+            stale = (moving | _beside(field, swept, moving | ~keep))[keep]
+            return _settled(field, noise, swept.take(keep), stale, options, left)
+    return _settled(field, noise, Swept(fits, []), np.ones(len(fits.x), bool), options, left)
 
 
-def _settled(field: Field, noise: Noise, fits: SourceFits, options: FitOptions) -> Found:
-    """Fit all sources until none moves, without those that turn out to be none.
+def _settled(
+    field: Field,
+    noise: Noise,
+    swept: Swept,
+    stale: NDArray[np.bool_],
+    options: FitOptions,
+    left: NDArray[np.float64] | None = None,
+) -> Found:
+    """Fit sources until none moves, without those that turn out to be none.
 
-    Those that still move after `_SWEEPS` times have not converged.
+    Those are fitted that are `stale` (n,), since they or what is beside them have moved, that blank
+    pixels cut into, or whose block is another one now. Those that still move after `_SWEEPS` times
+    have not converged. What the sources leave of the map as they are may be given.
     """
     sweeps = 0
     while True:
-        before = filled_in(field, noise, fits)
-        swept = sweep(field, noise, before, options)
+        before = filled_in(field, noise, swept.fits)
+        stale = stale | is_cut(field, before) | _beside(field, swept, _moving(swept.fits, before))
+        left = left if before is swept.fits else None
+        again = sweep_again(field, noise, swept._replace(fits=before), stale, options, left)
+        left = left if again.fits is before else None
+        swept, moving = again, _moving(before, again.fits)
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
+        stale = moving | _beside(field, swept, moving | ~keep)
         if not keep.all():
-            fits = swept.fits.take(np.flatnonzero(keep))
+            swept, stale, left = swept.take(keep), stale[keep], None
             continue
-        moving, sweeps = _moving(before, swept.fits), sweeps + 1
+        sweeps += 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
         if not moving.any() or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
-            return _found(field, noise, swept)
-        fits = swept.fits
+            return _found(field, noise, swept, left)
 
 
-def _found(field: Field, noise: Noise, swept: Swept) -> Found:
-    """The sources as they are, and the peaks that are left of the map."""
+def _beside(field: Field, swept: Swept, changed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether a source (n,) overlaps one of another block that has changed."""
+    block = np.full(len(changed), -1)
+    for index, (members, _) in enumerate(swept.blocks):
+        block[members] = index
+    pairs = overlapping(field, swept.fits)
+    pairs = pairs[block[pairs[:, 0]] != block[pairs[:, 1]]]
+    out = np.zeros(len(changed), bool)
+    out[pairs[changed[pairs[:, ::-1]]]] = True
+    return out
+
+
+def _found(
+    field: Field, noise: Noise, swept: Swept, left: NDArray[np.float64] | None = None
+) -> Found:
+    """The sources as they are, and the peaks of what is left of the map, which may be given."""
     fits = swept.fits
-    peaks = find_peaks(
-        field, noise, waves_of(noise, filtered(field, fits)), field.config.detection.sigma_thres
-    )
+    left = filtered(field, fits) if left is None else left
+    peaks = find_peaks(field, noise, waves_of(noise, left), field.config.detection.sigma_thres)
     poor = fits.take(np.flatnonzero(fits.chi2_red > POOR_CHI2))
     if len(poor.x):
         away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
@@ -183,16 +211,17 @@ def _moving(before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:
 
 def _searched(
     field: Field, noise: Noise, fits: SourceFits, settled: NDArray[np.bool_]
-) -> tuple[SourceFits, NDArray[np.bool_], int]:
+) -> tuple[SourceFits, NDArray[np.bool_], int, NDArray[np.float64] | None]:
     """Change the sources while that is better in the present noise; how many changes that were.
 
-    They are looked at `_ROUNDS` times at most.
-
-    `settled` (n,) are those for which nothing came near to being better.
+    They are looked at `_ROUNDS` times at most. `settled` (n,) are those for which nothing came near
+    to being better. What they leave of the map is told with them, unless the last look has changed
+    them.
     """
     threshold, total = field.config.detection.sigma_thres, 0
     for _ in range(_ROUNDS):
-        waves = waves_of(noise, filtered(field, fits))
+        left = filtered(field, fits)
+        waves = waves_of(noise, left)
         white = whitened(field, noise, waves)
         peaks = find_peaks(field, noise, waves, min(_NEAR_SNR, threshold))
         new = _isolated(field, noise, white, peaks, fits)
@@ -201,11 +230,11 @@ def _searched(
         settled = np.append(settled, np.zeros(len(new.x), bool))
         total += changed + len(new.x)
         if changed == 0 and len(new.x) == 0:
-            break
+            return fits, settled, total, left
         fits = sweep(field, noise, fits, ROUGH, among=~settled).fits
         keep = _is_source(field, fits, threshold)
         fits, settled = fits.take(np.flatnonzero(keep)), settled[keep]
-    return fits, settled, total
+    return fits, settled, total, None
 
 
 def _is_source(field: Field, fits: SourceFits, threshold: float) -> NDArray[np.bool_]:

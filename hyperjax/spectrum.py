@@ -57,11 +57,8 @@ class Spectrum:
 
     def in_rings(self) -> "Spectrum":
         """The same in all directions, averaged under a bell over the octaves of the wave number."""
-        k = fft.fftfreq(len(self.power))
-        octave = np.log2(np.maximum(len(k) * np.hypot(k[:, None], k), 1))
-        middle = np.arange(0, octave.max() + _RING_OCTAVES, _RING_OCTAVES)
-        shares = np.exp(-(((octave.ravel() - middle[:, None]) / _RING_OCTAVES) ** 2) / 2)
-        means = shares @ self.power.ravel() / shares.sum(axis=1)
+        octave, middle, shares = _rings(len(self.power))
+        means = shares @ self.power.ravel()
         return Spectrum(np.exp(np.interp(octave, middle, np.log(means))), self.box)
 
     @functools.cached_property
@@ -94,6 +91,18 @@ class Spectrum:
     def high_pass(self, ky: NDArray[np.float64], kx: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the filter multiplies the modes of an image by."""
         return np.asarray(1 - _box_mean(ky, self.box)[:, None] * _box_mean(kx, self.box))
+
+
+@functools.lru_cache(maxsize=4)
+def _rings(
+    side: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Octave (side, side) of each mode, those of rings, and the shares (ring, mode) in them."""
+    k = fft.fftfreq(side)
+    octave = np.log2(np.maximum(side * np.hypot(k[:, None], k), 1))
+    middle = np.arange(0, octave.max() + _RING_OCTAVES, _RING_OCTAVES)
+    shares = np.exp(-(((octave.ravel() - middle[:, None]) / _RING_OCTAVES) ** 2) / 2)
+    return octave, middle, shares / shares.sum(axis=1, keepdims=True)
 
 
 def transform_of_beam(
@@ -201,11 +210,8 @@ def _template(spectrum: Spectrum, room: _Room, beam: Beam) -> tuple[NDArray[np.f
     """Whitening, times the transform of the whitened source at unit peak; its norm."""
     (ky, kx), whitener = room.modes, _whitener(spectrum, room)
     template = transform_of_beam(beam, ky, kx) * spectrum.high_pass(ky, kx) * whitener
-    both = np.full(len(kx), 2.0)  # each column but these stands for its mirror image too
-    both[0] = 1.0
-    if room.total[1] % 2 == 0:
-        both[-1] = 1.0
-    norm = math.sqrt(np.sum(template**2 * both) / (room.total[0] * room.total[1]))
+    power = np.sum(template**2 * stands_for(room.total[1]))
+    norm = math.sqrt(power / (room.total[0] * room.total[1]))
     return template * whitener, norm
 
 
@@ -260,7 +266,7 @@ def measure_spectrum(
     modes = fft.rfft2(np.array(squares), workers=cpu_threads(), overwrite_x=True)
     power = _mean_of_noise(modes.real**2 + modes.imag**2, np.array(shares))
     total = np.sum(shares)
-    ratio = _both_halves(power)
+    ratio = all_modes(power)
     ratio[0, 0] = np.mean([ratio[0, 1], ratio[1, 0], ratio[0, -1], ratio[-1, 0]])
     if fitted is not None:
         ratio /= 1 - np.minimum(fitted, _MOST_FITTED)
@@ -308,7 +314,16 @@ def _starts(length: int, side: int) -> NDArray[np.int_]:
     return np.rint(np.linspace(0, length - side, count)).astype(int)
 
 
-def _both_halves(half: NDArray[np.float64]) -> NDArray[np.float64]:
-    """All modes of the power of a real image, which is the same at k and at -k."""
+def stands_for(side: int) -> NDArray[np.float64]:
+    """How many modes each column of the transform of a real image of `side` columns stands for."""
+    count = np.full(side // 2 + 1, 2.0)
+    count[0] = 1.0
+    if side % 2 == 0:
+        count[-1] = 1.0
+    return count
+
+
+def all_modes(half: NDArray[np.float64]) -> NDArray[np.float64]:
+    """All modes of the power of a real image of even sides, which is the same at k and at -k."""
     mirrored = np.roll(half[::-1, 1:-1], 1, axis=0)[:, ::-1]
     return np.concatenate([half, mirrored], axis=1)

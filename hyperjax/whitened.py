@@ -42,9 +42,11 @@ from hyperjax.spectrum import (
     Beam,
     Spectrum,
     Waves,
+    all_modes,
     between_modes,
     measure_spectrum,
     segment_side,
+    stands_for,
     transform_of_beam,
 )
 
@@ -206,14 +208,14 @@ def _placed(
 # --- The noise --------------------------------------------------------------------------------
 
 
-def first_noise(field: Field) -> tuple[Noise, bool] | None:
-    """Noise of a map with all its sources in it, clipped; None if its spectrum cannot be had.
+def first_noise(field: Field, image: NDArray[np.float64]) -> tuple[Noise, bool] | None:
+    """Noise of a map, filtered, with all its sources in it; None if its spectrum cannot be had.
 
     It is the same in all directions and smooth in the wave number: where sources are a regular
     pattern, what stands out of that is theirs, and would be whitened away. Whether something does
     is told beside it.
     """
-    image, valid = filtered(field, None), field.inner
+    valid = field.inner
     if not valid.any():
         return None
     scale = _given_scale(field)
@@ -311,25 +313,31 @@ def fitted_power(field: Field, noise: Noise, fits: SourceFits) -> NDArray[np.flo
     side = segment_side(field.data.shape)
     coarse = next((c for c in _COARSE if c >= _COARSE_FWHM * field.fwhm_pix), _COARSE[-1])
     drawn = fits.elliptical(LEAST_ELLIPTICITY)
-    k, fine = fft.fftfreq(coarse), fft.fftfreq(side)
+    k, half, fine = fft.fftfreq(coarse), fft.rfftfreq(coarse), fft.fftfreq(side)
+    share = stands_for(coarse) / coarse**2
     free = np.diagonal(fits.covariance, axis1=1, axis2=2) > 0
     known = np.flatnonzero(np.isfinite(fits.covariance).all(axis=(1, 2)) & fits.is_drawable)
-    passed = noise.spectrum.transfer(k, k).ravel()
-    total = np.zeros(coarse**2)
+    passed = noise.spectrum.transfer(k, half)
+    total = np.zeros(passed.shape)
     for first in range(0, len(known), _CHUNK):
         some = known[first : first + _CHUNK]
-        for parameters, columns in _gradients(drawn.take(some), k[:, None], k):
-            own = columns.reshape(*columns.shape[:2], -1) * free[some][:, parameters, None]
-            white = own * passed
-            size = np.sqrt(np.mean(white**2, axis=2))
-            scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)[..., None]
-            own, white = own * scale, white * scale
-            inverse = np.linalg.pinv(
-                white @ white.transpose(0, 2, 1) / coarse**2, _RANK, hermitian=True
-            )
-            total += np.sum((inverse @ own) * own, axis=(0, 1))
-    smooth = between_modes(total.reshape(coarse, coarse), fine, fine)
+        for parameters, columns in _gradients(drawn.take(some), k[:, None], half):
+            own = columns * free[some][:, parameters, None, None]
+            products = _products(own, passed**2 * share)
+            size = np.sqrt(np.diagonal(products, axis1=1, axis2=2))
+            scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+            scale = scale[:, :, None] * scale[:, None, :]
+            inverse = scale * np.linalg.pinv(scale * products, _RANK, hermitian=True)
+            flat = own.reshape(*own.shape[:2], -1)
+            total += np.sum((inverse @ flat) * flat, axis=(0, 1)).reshape(total.shape)
+    smooth = between_modes(all_modes(total), fine, fine)
     return np.asarray(noise.spectrum.transfer(fine, fine) ** 2 * smooth / field.valid.sum())
+
+
+def _products(columns: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted products (source, k, k) of each source's own columns (source, k, ky, kx)."""
+    flat = columns.reshape(*columns.shape[:2], -1)
+    return np.asarray((flat * weight.ravel()) @ flat.transpose(0, 2, 1))
 
 
 def _gradients(
@@ -439,9 +447,9 @@ def _source_modes(start: NDArray[np.float64], side: int) -> NDArray[np.float64]:
     u, v = _principal(theta, ky[:, None], kx)
     size = peak * _transform(major, minor, u, v)
     centre = (side - 1) / 2
-    turn = 2 * np.pi * (kx * (x - centre) + ky[:, None] * (y - centre))
-    parts = np.stack([size * np.cos(turn), -size * np.sin(turn)], 1)
-    return parts.reshape(len(start), 2, -1)
+    columns, rows = np.exp(-2j * np.pi * kx * (x - centre)), np.exp(-2j * np.pi * ky * (y - centre))
+    waves = (size * rows.swapaxes(1, 2) * columns).reshape(len(start), -1)
+    return np.stack([waves.real, waves.imag], 1)
 
 
 def in_windows(
@@ -460,12 +468,12 @@ def in_windows(
 def on_map(
     params: NDArray[np.float64], noise: Noise, x0: NDArray[np.int_], y0: NDArray[np.int_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Undo `in_windows`: parameters (k, 6) on the map, and the unit (k,) of their peaks."""
+    """Undo `in_windows`: parameters (..., 6) on the map, and the unit (...,) of their peaks."""
     out = params.copy()
-    out[:, 1] += x0
-    out[:, 2] += y0
-    unit = nearest_values(noise.scale, out[:, 1], out[:, 2])
-    out[:, 0] *= unit
+    out[..., 1] += x0
+    out[..., 2] += y0
+    unit = nearest_values(noise.scale, out[..., 1], out[..., 2])
+    out[..., 0] *= unit
     return out, unit
 
 
@@ -544,6 +552,12 @@ class Swept(NamedTuple):
     fits: SourceFits
     blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
 
+    def take(self, keep: NDArray[np.bool_]) -> "Swept":
+        """Some of the sources, and the blocks that have lost none of theirs."""
+        place = np.cumsum(keep) - 1
+        whole = [(place[own], matrix) for own, matrix in self.blocks if keep[own].all()]
+        return Swept(self.fits.take(np.flatnonzero(keep)), whole)
+
 
 def sweep(
     field: Field,
@@ -568,6 +582,29 @@ def sweep(
         fitted += _fit_blocks(field, noise, white, fits, fits, placed, some, options)
         left = None
     return Swept(fits.in_groups(group), fitted)
+
+
+def sweep_again(
+    field: Field,
+    noise: Noise,
+    swept: Swept,
+    among: NDArray[np.bool_],
+    options: FitOptions,
+    left: NDArray[np.float64] | None = None,
+) -> Swept:
+    """Fit blocks that have one of some sources, and those that were no block in the last sweep.
+
+    The others are as they were. For `left` see `sweep`.
+    """
+    members, among = lay_out(field, swept.fits).placed.members, among.copy()
+    known = {own.tobytes(): (own, matrix) for own, matrix in swept.blocks}
+    for own in members:
+        among[own] |= own.tobytes() not in known
+    if not among.any():
+        return swept
+    again = sweep(field, noise, swept.fits, options, left, among)
+    known |= {own.tobytes(): (own, matrix) for own, matrix in again.blocks}
+    return again._replace(blocks=[known[own.tobytes()] for own in members])
 
 
 def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceFits) -> SourceFits:

@@ -260,13 +260,14 @@ def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.Monk
     field = Field(map.data, (xx, xy, yy), 41, config_from_dict({}))
     found = search.find_sources(field)
     assert found is not None
-    wrong = found.fits._replace(peak=1.5 * found.fits.peak)
-    again = search._settled(field, found.noise, wrong, FitOptions())
+    wrong = Swept(found.fits._replace(peak=1.5 * found.fits.peak), [])
+    stale = np.ones(len(found.fits.x), bool)
+    again = search._settled(field, found.noise, wrong, stale, FitOptions())
     assert (again.fits.status == 1).all()
     error = np.sqrt(again.fits.covariance[:, 0, 0])
     assert np.max(np.abs(again.fits.peak - found.fits.peak) / error) < 0.5
     monkeypatch.setattr(search, "_SWEEPS", 1)
-    stopped = search._settled(field, found.noise, wrong, FitOptions())
+    stopped = search._settled(field, found.noise, wrong, stale, FitOptions())
     assert (stopped.fits.status == 0).all()
 
 
@@ -409,7 +410,7 @@ def test_the_spectrum_is_measured_without_the_sources(tmp_path: Path) -> None:
     config = config_from_dict({})
     (xx, xy), (_, yy) = crowded.beam_covariance_pix.tolist()
     fields = [Field(map.data, (xx, xy, yy), 41, config) for map in (crowded, empty)]
-    of_both = [first_noise(field) for field in fields]
+    of_both = [first_noise(field, filtered(field, None)) for field in fields]
     assert of_both[0] is not None
     assert of_both[1] is not None
     (with_sources, pattern), (alone, none) = of_both
@@ -462,10 +463,10 @@ def test_what_is_left_above_the_threshold_is_told(
     assert not caplog.records
     as_it_is, lost = search._found, {}
 
-    def without_one(field: Field, noise: Noise, swept: Swept) -> search.Found:
+    def without_one(field: Field, noise: Noise, swept: Swept, left: NDArray) -> search.Found:
         lost["place"] = swept.fits.x[3], swept.fits.y[3]
         fits = swept.fits.take(np.flatnonzero(np.arange(12) != 3))
-        return as_it_is(field, noise, swept._replace(fits=fits))
+        return as_it_is(field, noise, swept._replace(fits=fits), None)
 
     monkeypatch.setattr(search, "_found", without_one)
     count = extract(map).catalog.meta["residual_peaks"]

@@ -1,4 +1,6 @@
-"""What the fits of sources take with them of the noise, against projections in pixels."""
+"""What fits of sources take with them of the noise, against projections in pixels; sweeps."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,11 +9,13 @@ from numpy.typing import NDArray
 from scipy import fft
 
 from hyperjax.config import Config
-from hyperjax.sources import SourceFits, stamp_gradients
+from hyperjax.fitting import FitOptions
+from hyperjax.sources import SourceFits, render_sources, stamp_gradients
 from hyperjax.spectrum import Spectrum, segment_side
-from hyperjax.whitened import Field, Noise, fitted_power
+from hyperjax.whitened import Field, Noise, Swept, fitted_power, sweep, sweep_again
 
 FIELD = Field(np.zeros((256, 256)), (1.7**2, 0.0, 1.7**2), 0, Config())
+FILTERED = Noise(np.ones(FIELD.data.shape), Spectrum.white(41))
 SIDE = segment_side(FIELD.data.shape)
 NOISE = Noise(np.ones(FIELD.data.shape), Spectrum.white(0))
 ONE = np.array([[5.0, 100.3, 90.8, 2.6, 1.7, 0.6]])
@@ -55,3 +59,56 @@ def test_a_round_source_takes_as_many_as_one_that_is_nearly_round() -> None:
     other = fitted_power(FIELD, NOISE, fits)
     share = fitted_power(FIELD, NOISE, fits._replace(sigma_major=fits.sigma_minor))
     assert_allclose(share, other, atol=1e-3 * other.max())
+
+
+PAIRS = np.array(
+    [
+        [5.0, 100.3, 90.8, 2.6, 1.7, 0.6],
+        [3.0, 104.1, 93.9, 2.0, 1.8, 2.0],
+        [4.0, 200.2, 60.4, 2.2, 1.9, 1.0],
+        [4.5, 150.6, 200.1, 2.1, 1.7, 0.3],
+    ]
+)
+
+
+def swept_pairs() -> tuple[Field, Swept]:
+    """A pair and two others, in noise of unit variance, and their fits."""
+    true = SourceFits.guess(PAIRS * [20, 1, 1, 1, 1, 1])
+    noise = np.random.default_rng(3).normal(size=FIELD.data.shape)
+    field = dataclasses.replace(FIELD, data=render_sources(noise.shape, true) + noise, box=41)
+    return field, sweep(field, FILTERED, true, FitOptions())
+
+
+def parameters(fits: SourceFits) -> NDArray:
+    return np.column_stack(fits[:6])
+
+
+def test_only_blocks_of_named_sources_are_fitted_again() -> None:
+    """All others are as they were, their covariances too."""
+    field, swept = swept_pairs()
+    wrong = swept.fits._replace(peak=np.array([0.98, 0.98, 0.999, 0.999]) * swept.fits.peak)
+    among = np.array([False, True, False, False])
+    again = sweep_again(field, FILTERED, swept._replace(fits=wrong), among, FitOptions())
+    assert_allclose(parameters(again.fits)[:2], parameters(swept.fits)[:2], rtol=2e-3)
+    assert_allclose(parameters(again.fits)[2:], parameters(wrong)[2:], rtol=0)
+    assert [list(own) for own, _ in again.blocks] == [[0, 1], [2], [3]]
+    for own, matrix in again.blocks:
+        before = next(other for some, other in swept.blocks if set(some) == set(own))
+        assert_allclose(matrix, before, rtol=0.02, atol=1e-6)
+    none = np.zeros(4, bool)
+    assert sweep_again(field, FILTERED, swept, none, FitOptions()) is swept
+
+
+def test_what_is_left_of_a_block_is_fitted_again() -> None:
+    """Without its neighbour a source is a block of its own."""
+    field, swept = swept_pairs()
+    keep = np.array([True, False, True, True])
+    some = swept.take(keep)
+    assert sorted(tuple(own) for own, _ in some.blocks) == [(1,), (2,)]
+    again = sweep_again(field, FILTERED, some, np.zeros(3, bool), FitOptions())
+    alone = sweep(field, FILTERED, some.fits, FitOptions())
+    assert_allclose(parameters(again.fits)[0], parameters(alone.fits)[0], rtol=1e-6)
+    assert np.abs(again.fits.peak[0] / some.fits.peak[0] - 1) > 0.01  # it holds both now
+    assert_allclose(parameters(again.fits)[1:], parameters(some.fits)[1:], rtol=0)
+    assert [list(own) for own, _ in again.blocks] == [[0], [1], [2]]
+    assert_allclose(again.blocks[0][1], alone.fits.covariance[0], rtol=1e-6)
