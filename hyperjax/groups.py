@@ -70,13 +70,9 @@ def pairs_closer(
     return np.asarray(pairs[away <= own[first] + own[second]])
 
 
-def link(x: NDArray[np.float64], y: NDArray[np.float64], distance: float) -> NDArray[np.int_]:
-    """Label the groups of the transitive closure of "closer than `distance`", numbered from 0."""
-    n = len(x)
-    if n == 0:
-        return np.zeros(0, int)
-    pairs = pairs_closer(x, y, distance / 2)
-    links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+def link(count: int, pairs: NDArray[np.int_]) -> NDArray[np.int_]:
+    """Label the groups of `count` sources, those that `pairs` (k, 2) join, numbered from 0."""
+    links = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(links, directed=False)[1].astype(int)
 
 

@@ -117,7 +117,8 @@ def model_sources(
     """
     options = config.fit_options
     x, y = found.x, found.y
-    group = link(x, y, options.group_distance_fwhm * fwhm_pix)
+    pairs = pairs_closer(x, y, options.group_distance_fwhm * fwhm_pix / 2)
+    group = link(len(x), pairs)
     placed = windows(blocks(group, x, y), x, y, options.window_fwhm * fwhm_pix)
     start = _first_guess(data, found, fwhm_pix, config, shapes)
     separate = None
@@ -125,7 +126,7 @@ def model_sources(
         remainder = data if known is None else data - render_sources(data.shape, known)
         separate = separate_backgrounds(remainder, rms, placed, x, y, fwhm_pix, config)
 
-    turn = turns(placed.members, pairs_closer(x, y, options.group_distance_fwhm * fwhm_pix / 2))
+    turn = turns(placed.members, pairs)
     before = None if known is None else _with_new(known, start)
     sweeps = [(_highest_order(config),)] * (1 if known is None else options.sweeps - 1)
     for tried in sweeps if known is None else [*sweeps, _joint_orders(config)]:
@@ -547,7 +548,8 @@ def _store(
 def unfitted(found: Detections, fwhm_pix: float, config: Config) -> SourceFits:
     """Positions and peaks as detected, without a shape (status -1)."""
     n = len(found.x)
-    group = link(found.x, found.y, config.fit_options.group_distance_fwhm * fwhm_pix)
+    reach = config.fit_options.group_distance_fwhm * fwhm_pix / 2
+    group = link(n, pairs_closer(found.x, found.y, reach))
     unknown = np.full(n, np.nan)
     params = (found.peak, found.x, found.y, unknown, unknown, unknown)
     fits = SourceFits.guess(np.column_stack(params)).in_groups(group)

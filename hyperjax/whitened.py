@@ -179,9 +179,10 @@ class Layout(NamedTuple):
 
 def lay_out(field: Field, fits: SourceFits) -> Layout:
     """Link the sources and put windows round their blocks."""
-    group = link(fits.x, fits.y, _LINK_FWHM * field.fwhm_pix)
+    pairs = overlapping(field, fits)
+    group = link(len(fits.x), pairs)
     members = blocks(group, fits.x, fits.y)
-    turn = turns(members, overlapping(field, fits))
+    turn = turns(members, pairs)
     return Layout(group, _placed(field, fits, members, _MARGIN_FWHM), turn)
 
 

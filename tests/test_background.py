@@ -25,7 +25,7 @@ from hyperjax.background import (
 from hyperjax.config import Config
 from hyperjax.detection import Detections
 from hyperjax.fitting import GroupBatch, fit_groups
-from hyperjax.groups import Windows, blocks, link, windows
+from hyperjax.groups import Windows, blocks, link, pairs_closer, windows
 from hyperjax.maps import read_map
 from hyperjax.modelling import unfitted
 from hyperjax.models import monomials
@@ -40,7 +40,8 @@ X, Y = np.array([20.3, 24.0, 70.2, 45.0, 80.6]), np.array([30.1, 31.2, 25.4, 62.
 
 def placed_round(x: NDArray, y: NDArray, margin: float = 3.0) -> Windows:
     """Windows of groups linked at 2.5 beams."""
-    return windows(blocks(link(x, y, 2.5 * BEAM), x, y), x, y, margin * BEAM)
+    groups = link(len(x), pairs_closer(x, y, 2.5 * BEAM / 2))
+    return windows(blocks(groups, x, y), x, y, margin * BEAM)
 
 
 def plane_of(order: int, scale: float = 1.0, seed: int = 0) -> NDArray:

@@ -55,31 +55,36 @@ def transitive_closure(x: NDArray, y: NDArray, distance: float) -> NDArray:
 # --- link ----------------------------------------------------------------------------------------
 
 
+def linked(x: NDArray, y: NDArray, distance: float) -> NDArray:
+    """Groups of sources that are closer than a distance."""
+    return link(len(x), pairs_closer(x, y, distance / 2))
+
+
 @settings(deadline=None)
 @given(POSITIONS, st.floats(0.5, 40))
 def test_two_sources_share_a_group_where_a_chain_of_close_pairs_connects_them(
     positions: list[tuple[float, float]], distance: float
 ) -> None:
     x, y = columns(positions)
-    group = link(x, y, distance)
+    group = linked(x, y, distance)
     assert_array_equal(group[:, None] == group, transitive_closure(x, y, distance))
 
 
 @settings(deadline=None)
 @given(POSITIONS)
 def test_groups_are_numbered_without_gaps(positions: list[tuple[float, float]]) -> None:
-    group = link(*columns(positions), 8.0)
+    group = linked(*columns(positions), 8.0)
     assert_array_equal(np.unique(group), np.arange(len(np.unique(group))))
 
 
 def test_none_and_one_source() -> None:
-    assert link(np.zeros(0), np.zeros(0), 3.0).shape == (0,)
-    assert_array_equal(link(np.array([4.0]), np.array([2.0]), 3.0), [0])
+    assert linked(np.zeros(0), np.zeros(0), 3.0).shape == (0,)
+    assert_array_equal(linked(np.array([4.0]), np.array([2.0]), 3.0), [0])
 
 
 def test_a_chain_is_one_group_and_a_gap_divides_it() -> None:
     x = np.array([0.0, 2.0, 4.0, 6.0, 9.0, 11.0])
-    assert_array_equal(link(x, np.zeros(6), 2.5), [0, 0, 0, 0, 1, 1])
+    assert_array_equal(linked(x, np.zeros(6), 2.5), [0, 0, 0, 0, 1, 1])
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -91,7 +96,7 @@ def test_blocks_hold_every_source_once_and_no_more_than_the_engine_takes(
     positions: list[tuple[float, float]], distance: float
 ) -> None:
     x, y = columns(positions)
-    group = link(x, y, distance)
+    group = linked(x, y, distance)
     members = blocks(group, x, y)
     assert_array_equal(np.sort(np.concatenate([*members, np.zeros(0, int)])), np.arange(len(x)))
     for block in members:
@@ -126,7 +131,7 @@ def test_blocks_whose_sources_are_near_each_other_are_fitted_in_turns(seed: int)
     """No two of a turn have a pair; and no block could have had an earlier turn."""
     x, y = scattered(300, 300.0, seed)
     reach = np.random.default_rng(seed).uniform(2.0, 12.0, 300)
-    members = blocks(link(x, y, 10.0), x, y)
+    members = blocks(linked(x, y, 10.0), x, y)
     turn = turns(members, pairs_closer(x, y, reach))
     assert turn.max() >= 2
     for index, block in enumerate(members):
@@ -164,7 +169,7 @@ def test_pairs_are_closer_than_the_sum_of_their_reaches() -> None:
 def placed_at_random(seed: int = 3) -> tuple[Windows, NDArray, NDArray]:
     """Windows round the groups of 300 sources, of one to a dozen each."""
     x, y = scattered(300, 400.0, seed)
-    return windows(blocks(link(x, y, 14.0), x, y), x, y, 10.5), x, y
+    return windows(blocks(linked(x, y, 14.0), x, y), x, y, 10.5), x, y
 
 
 @pytest.mark.parametrize("seed", range(3))
