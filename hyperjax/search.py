@@ -26,6 +26,7 @@ from hyperjax.deblending import (
     worth_of_one,
 )
 from hyperjax.fitting import FitOptions
+from hyperjax.groups import pairs_closer
 from hyperjax.maps import FWHM_PER_SIGMA
 from hyperjax.photometry import model_flux
 from hyperjax.sources import SourceFits, nearest_values
@@ -58,8 +59,10 @@ _MANY = 20  # sources, which do not become fainter by chance
 _MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
 _WARY_NOISES = 3  # at most, first, without directions where sources may be a pattern
 _NOISES = 5  # times that the noise is measured while sources are added
-_MOST_MOVED = 0.5  # errors: neighbours of sources that have moved by less need no other fit
-_SWEEPS = 8  # of the last fits at most, until nothing moves
+_MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
+_UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
+_DRIFTING = 0.02  # the same where most sources move by more: together they may go far
+_SWEEPS = 60  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
 _RINGS = 2.5  # of the reach of a poor fit: where whitening makes rings of what it leaves
 _EDGE_FWHM = 2.0  # of the beam: peaks that are closer to an edge may be its work
@@ -110,17 +113,21 @@ def find_sources(field: Field) -> Found | None:
             )
             noise = updated_noise(field, before, fits, left, smooth=True)
             break
-        moving = _moving(fits, swept.fits)
+        change = _change(fits, swept.fits)
+        settled &= ~_has_come_near(field, fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
         fits, settled, changes, left = _searched(
             field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
         )
-        logger.debug("noise %d: %d changes, %d sources moved", number, changes, moving.sum())
+        logger.debug(
+            "noise %d: %d changes, %d sources moved", number, changes, np.sum(change > _MOST_MOVED)
+        )
         if number and changes == 0 and wary and pattern:
             wary = False
         elif number and changes == 0:
-            stale = (moving | _beside(field, swept, moving | ~keep))[keep]
-            return _settled(field, noise, swept.take(keep), stale, options, left)
+            stale = change > _MOST_MOVED
+            stale |= _beside(field, swept, _moving(change) | ~keep)
+            return _settled(field, noise, swept.take(keep), stale[keep], options, left)
     return _settled(field, noise, Swept(fits, []), np.ones(len(fits.x), bool), options, left)
 
 
@@ -141,11 +148,12 @@ def _settled(
     sweeps = 0
     while True:
         before = filled_in(field, noise, swept.fits)
-        stale = stale | is_cut(field, before) | _beside(field, swept, _moving(swept.fits, before))
+        filled = _moving(_change(swept.fits, before))
+        stale = stale | is_cut(field, before) | _beside(field, swept, filled)
         left = left if before is swept.fits else None
         again = sweep_again(field, noise, swept._replace(fits=before), stale, options, left)
         left = left if again.fits is before else None
-        swept, moving = again, _moving(before, again.fits)
+        swept, moving = again, _moving(_change(before, again.fits))
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
         stale = moving | _beside(field, swept, moving | ~keep)
         if not keep.all():
@@ -202,11 +210,31 @@ def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
     return len(fainter) >= _MANY and bool(np.mean(fainter) > _MOST_FAINTER)
 
 
-def _moving(before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:
-    """Whether the peak or the position of a source (n,) has changed by much of its error."""
+def _change(before: SourceFits, after: SourceFits) -> NDArray[np.float64]:
+    """How far the peak or the position of a source (n,) has moved, in units of its error."""
     error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :3])
     change = np.abs([after.peak - before.peak, after.x - before.x, after.y - before.y]).T
-    return np.asarray((change > _MOST_MOVED * error).any(axis=1))
+    known = error > 0
+    return np.asarray(np.divide(change, error, out=np.zeros_like(change), where=known).max(axis=1))
+
+
+def _moving(change: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether sources (n,) move, by their changes."""
+    drifting = len(change) > 0 and np.median(change) > _DRIFTING
+    return change > (_DRIFTING if drifting else _UNMOVED)
+
+
+def _has_come_near(field: Field, before: SourceFits, after: SourceFits) -> NDArray[np.bool_]:
+    """Whether a source (n,) has a neighbour now that it did not have."""
+    pairs, old = (_neighbours(field, fits) for fits in (after, before))
+    count = len(after.x)
+    new = pairs[~np.isin(pairs @ [count, 1], old @ [count, 1])]
+    return np.isin(np.arange(count), new)
+
+
+def _neighbours(field: Field, fits: SourceFits) -> NDArray[np.int_]:
+    """Pairs (k, 2) of sources that are compared with alternatives together."""
+    return np.sort(pairs_closer(fits.x, fits.y, NEAR_FWHM / 2 * field.fwhm_pix), axis=1)
 
 
 def _searched(
@@ -260,14 +288,15 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     An isolated source must reach the threshold with its total flux. Or its chi^2 must be worth a
     source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
     of sources that are there without a doubt. (Not at an edge, beyond which noise is continued by
-    its mirror image: where it has directions it is another one there.) Members of a group were
-    compared with what it is without them. Where a fit leaves more than noise, errors count as
+    its mirror image: where it has directions it is another one there.) Sources near others were
+    compared with what is there without them. Where a fit leaves more than noise, errors count as
     larger by that. No source has a total flux below sqrt(5) times its error.
     """
     ratio = _flux_ratio(fits)
     poor = fits.chi2_red > POOR_CHI2
     excess = np.where(poor, fits.chi2_red, 1.0)
-    least = np.where(poor | (fits.group_size <= 1), threshold**2 * excess, 0.0)
+    compared = np.isin(np.arange(len(ratio)), _neighbours(field, fits))
+    least = np.where(poor | ~compared, threshold**2 * excess, 0.0)
     inside = nearest_values(field.depth, fits.x, fits.y) > FWHM_PER_SIGMA * fits.sigma_major
     worth = worth_of_one(threshold) * excess
     reached = (ratio**2 >= least) | inside & (significance(fits) ** 2 >= worth)

@@ -505,36 +505,48 @@ def test_of_faint_members_of_a_group_the_faintest_goes_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("snr", "of_flux", "chi2", "members", "x", "kept"),
+    ("snr", "of_flux", "chi2", "away", "x", "kept"),
     [
-        (6.0, 5.1, 1.0, 1, 48.0, True),  # by its flux
-        (6.0, 4.9, 1.0, 1, 48.0, False),
-        (7.0, 4.9, 1.0, 1, 48.0, True),  # by its chi^2: 45.8 are asked
-        (6.5, 4.9, 1.0, 1, 48.0, False),
-        (9.0, 2.2, 1.0, 1, 48.0, False),
-        (7.0, 4.9, 1.0, 1, 2.0, False),  # at an edge
-        (6.0, 2.3, 1.0, 2, 48.0, True),  # a member of a group
-        (20.0, 14.0, 9.0, 2, 48.0, False),  # of a poor fit: 15 of the flux, or 20.3
-        (21.0, 14.0, 9.0, 2, 48.0, True),
-        (6.0, 15.1, 9.0, 1, 48.0, True),
+        (6.0, 5.1, 1.0, 10.0, 48.0, True),  # by its flux
+        (6.0, 4.9, 1.0, 10.0, 48.0, False),
+        (7.0, 4.9, 1.0, 10.0, 48.0, True),  # by its chi^2: 45.8 are asked
+        (6.5, 4.9, 1.0, 10.0, 48.0, False),
+        (9.0, 2.2, 1.0, 10.0, 48.0, False),
+        (7.0, 4.9, 1.0, 10.0, 2.0, False),  # at an edge
+        (6.0, 2.3, 1.0, 9.3, 48.0, True),  # within two beams of another
+        (20.0, 14.0, 9.0, 9.3, 48.0, False),  # of a poor fit: 15 of the flux, or 20.3
+        (21.0, 14.0, 9.0, 9.3, 48.0, True),
+        (6.0, 15.1, 9.0, 10.0, 48.0, True),
     ],
 )
 def test_what_is_significant(
     snr: float,
     of_flux: float,
     chi2: float,
-    members: int,
+    away: float,
     x: float,
     kept: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Total flux over its error, the peak with the shape held over its error, reduced chi^2."""
     field = Field(np.zeros((96, 96)), (4.0, 0.0, 4.0), 41, config_from_dict({}))
-    source = SourceFits.guess(np.array([[1.0, x, 48.0, 2.0, 2.0, 0.0]]))
-    source = source._replace(chi2_red=np.array([chi2]), group_size=np.array([members]))
-    monkeypatch.setattr(search, "model_flux", lambda _: (np.array([of_flux]), np.ones(1)))
-    monkeypatch.setattr(search, "significance", lambda _: np.array([snr]))
-    assert search._is_significant(field, source, 5.0) == [kept]
+    sources = SourceFits.guess(np.array([[1.0, x, y, 2.0, 2.0, 0.0] for y in (48.0, 48.0 - away)]))
+    sources = sources._replace(chi2_red=np.full(2, chi2))
+    monkeypatch.setattr(search, "model_flux", lambda _: (np.full(2, of_flux), np.ones(2)))
+    monkeypatch.setattr(search, "significance", lambda _: np.full(2, snr))
+    assert search._is_significant(field, sources, 5.0).tolist() == [kept, kept]
+
+
+def test_sources_that_come_near_are_told() -> None:
+    """Those that have another within two beams (of 4.7 pixels) that was not there before."""
+    field = Field(np.zeros((96, 96)), (4.0, 0.0, 4.0), 41, config_from_dict({}))
+
+    def at(*x: float) -> SourceFits:
+        return SourceFits.guess(np.array([[1.0, column, 48.0, 2.0, 2.0, 0.0] for column in x]))
+
+    before, after = at(20, 28, 38, 60, 70), at(20, 28, 37, 60, 69)
+    assert search._has_come_near(field, before, after).tolist() == [False, True, True, True, True]
+    assert not search._has_come_near(field, after, before).any()
 
 
 def test_large_sources_that_overlap_are_flagged_as_blended(tmp_path: Path) -> None:
