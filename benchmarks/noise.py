@@ -6,10 +6,13 @@ found, and nothing found where there is none. The tables of docs/noise.md are ma
 
     python benchmarks/noise.py --markdown
     python benchmarks/noise.py --only "white" "1/f" --maps 24
+    python benchmarks/noise.py --only "white, full of rows 3 beams apart" --maps 2
+    python benchmarks/noise.py --cost                        # auto beside white, on white maps
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +53,11 @@ def grid(beams: float, count: int, fwhm: float = 4.0) -> dict[str, Any]:
     side = np.arange(count) * beams * fwhm
     side = side - side.mean() + (COMMON["shape"][0] - 1) / 2
     return {"positions": tuple((float(x), float(y)) for x in side for y in side)}
+
+
+def full_of_rows(beams: float, fwhm: float = 4.0) -> dict[str, Any]:
+    """The same from edge to edge."""
+    return grid(beams, int(0.95 * COMMON["shape"][0] / (beams * fwhm)), fwhm)
 
 
 def growing(simulated: Simulated) -> np.ndarray:
@@ -106,12 +114,35 @@ CASES = {
         {"n_sources": 0, "border_pix": 20, "n_holes": 6}
     ),
 }
+FULL = {
+    f"{noise.replace('beam', 'beam-shaped')}, {of}full of rows {beams:g} beams apart": Case(
+        {"noise": noise, "snr_range": snr} | full_of_rows(beams)
+    )
+    for of, snr in (("", (5.0, 80.0)), ("faint sources, ", (3.0, 20.0)))
+    for noise in ("white", "beam", "1/f")
+    for beams in (4, 3, 2.5, 2)
+}
+"""Patterns that the noise's spectrum may hold: hundreds to thousands of sources a map."""
+
+COSTS: dict[str, dict[str, Any]] = {
+    "400 x 400 pixels, 60 sources 3 beams apart": {"min_separation_beams": 3.0},
+    "400 x 400 pixels, 200 sources 1.2 beams apart": {
+        "n_sources": 200,
+        "min_separation_beams": 1.2,
+    },
+    "1000 x 1000 pixels, 400 sources 3 beams apart": {
+        "shape": (1000, 1000),
+        "n_sources": 400,
+        "min_separation_beams": 3.0,
+    },
+}
+COST_SEEDS, COST_RUNS = (1, 2, 3), 6
 
 
 def main() -> None:
     options = parse_options()
     configure_runtime()
-    print("\n".join(report(options)))
+    print("\n".join(costs(options) if options.cost else report(options)))
 
 
 def parse_options() -> argparse.Namespace:
@@ -121,10 +152,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=CASES,
+        choices=CASES | FULL,
         default=list(CASES),
         metavar="CASE",
-        help="; ".join(CASES).replace("%", "%%"),
+        help="; ".join(CASES | FULL).replace("%", "%%"),
+    )
+    parser.add_argument(
+        "--cost", action="store_true", help="times of auto and white on maps of white noise"
     )
     parser.add_argument("--maps", type=int, default=8, help="of each kind; default: 8")
     parser.add_argument("--first-seed", type=int, default=100, help="of the maps; default: 100")
@@ -136,9 +170,9 @@ def parse_options() -> argparse.Namespace:
 
 def report(options: argparse.Namespace) -> list[str]:
     """The tables: of sources, of faint ones, of maps without any."""
-    measured = {name: Measured.of(CASES[name], options) for name in options.only}
+    measured = {name: Measured.of((CASES | FULL)[name], options) for name in options.only}
     with_sources = {name: one for name, one in measured.items() if one.there}
-    faint = {name: one for name, one in with_sources.items() if "faint" in name}
+    faint = {name: one for name, one in with_sources.items() if name.endswith("faint")}
     usual = {name: one for name, one in with_sources.items() if name not in faint}
     without = {name: one for name, one in measured.items() if not one.there}
     tables = [
@@ -151,6 +185,48 @@ def report(options: argparse.Namespace) -> list[str]:
         lines += [*table(headings, rows, options.markdown), ""] if rows else []
     notes = [f"{options.maps} maps of each kind, threshold {options.sigma:g}", *facts()]
     return [*lines, *bullets(notes, options.markdown)]
+
+
+def costs(options: argparse.Namespace) -> list[str]:
+    """Warm times of `extract`, auto and white in turns: medians of maps and runs."""
+    headings = ("white noise, beam of 4 pixels", "auto", "white", "ratio (CPU), of each map")
+    rows = []
+    for name, changed in COSTS.items():
+        timed: dict[str, list[list[tuple[float, float, int]]]] = {"auto": [], "white": []}
+        for seed in COST_SEEDS:
+            simulated = simulate(Simulation(**COMMON | changed, seed=seed))
+            map = as_map(simulated, simulated.data)
+            for model, runs in timed.items():
+                extract(map, Config(noise={"model": model}))  # compiles
+                runs.append([])
+            for _ in range(COST_RUNS):
+                for model, runs in timed.items():
+                    runs[-1].append(time_of(map, Config(noise={"model": model})))
+        wall, cpu, found = (
+            {
+                model: [np.median([run[i] for run in of]) for of in runs]
+                for model, runs in timed.items()
+            }
+            for i in range(3)
+        )
+        ratios = np.divide(cpu["auto"], cpu["white"])
+        rows.append(
+            [
+                name,
+                *(f"{np.median(wall[m]):.2f} s, {sum(found[m]):.0f} found" for m in timed),
+                " ".join(f"{ratio:.2f}" for ratio in ratios),
+            ]
+        )
+    notes = [f"maps of seeds {COST_SEEDS}, {COST_RUNS} runs of each", *facts()]
+    lines = table(headings, rows, options.markdown)
+    return [*lines, "", *bullets(notes, options.markdown)]
+
+
+def time_of(map: Map, config: Config) -> tuple[float, float, int]:
+    """Wall time and processor time of an extraction, and how many sources it finds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    count = len(extract(map, config).catalog)
+    return time.perf_counter() - wall, time.process_time() - cpu, count
 
 
 # --- What is measured ----------------------------------------------------------------------------
