@@ -20,6 +20,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 
 from hyperjax import Config, Simulation, extract, simulate
 from hyperjax.catalog import FLAGS
+from hyperjax.evaluate import matches
 from hyperjax.runtime import configure_runtime
 
 BEAM = 5.0  # FWHM, pixels
@@ -123,7 +124,7 @@ def flags_of_most(rows: QTable) -> str:
 
 
 def found_of(image: Image, middle: Image, seed: int) -> tuple[QTable, int, int]:
-    """Rows of the source, and how many others were lost and made up."""
+    """Rows of the source, and how many others, away from it, were lost and made up."""
     simulated = simulate(
         Simulation(
             shape=(SIDE, SIDE),
@@ -137,10 +138,13 @@ def found_of(image: Image, middle: Image, seed: int) -> tuple[QTable, int, int]:
     )
     noise = float(np.std(simulated.noise))
     catalog = extract(as_map(simulated, simulated.data + noise * image), Config()).catalog
-    inside = middle[at(catalog)]
-    expected = np.sum(~middle[at(simulated.truth)])
-    outside = int(np.sum(~inside))
-    return catalog[inside], max(expected - outside, 0), max(outside - expected, 0)
+    truth = simulated.truth
+    pair = matches(catalog, truth, simulated.options.beam_fwhm_arcsec / 2)
+    others = np.isin(np.arange(len(catalog)), pair.catalog)
+    missed = ~np.isin(np.arange(len(truth)), pair.truth)
+    own = ~others & middle[at(catalog)]
+    lost = int(np.sum(missed & ~middle[at(truth)]))
+    return catalog[own], lost, int(np.sum(~others & ~own))
 
 
 def at(rows: QTable) -> tuple[np.ndarray, np.ndarray]:

@@ -50,6 +50,7 @@ MISMATCH = 0.02
 _PARAMETERS = 6
 _BEAMS = (2 * SURROUNDINGS_FWHM) ** 2 * 4 * math.log(2) / math.pi  # where a source is looked at
 _EXTENDED_MISMATCH = 0.1  # the same of an extended source, beside its radial profile
+_PROFILE_FWHM = 1.0  # of an extended source: what its profile leaves is closer than that
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
 _SMALLEST = 0.7  # of the minor axis: sizes of the halves of a source that is narrower than the beam
@@ -207,8 +208,10 @@ def _worth(
         strength = np.sqrt([max(np.sum(before.data**2) - 2 * before.cost, 0.0)])
     changed = np.vstack([present[~stays], option.sources[~same.any(axis=0)]])[:, 1:3]
     away = np.linalg.norm(fewer.sources[:, None, 1:3] - changed, axis=2).min(axis=1)
-    near = away <= FWHM_PER_SIGMA * fewer.sources[:, 3] + field.fwhm_pix
+    size = FWHM_PER_SIGMA * fewer.sources[:, 3]
+    near = away <= size + field.fwhm_pix
     extended = near & (fewer.sources[:, 4] > _EXTENDED * field.sigma_pix)
+    extended &= away <= _PROFILE_FWHM * size
     share = np.where(extended, _EXTENDED_MISMATCH, MISMATCH)
     worth = abs(more) * worth_of_one(field.config.detection.sigma_thres)
     worth += float(np.sum((share * strength)[near] ** 2))

@@ -5,13 +5,14 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
 
 from hyperjax.background import mosaic
-from hyperjax.catalog import build_catalog, with_poor_fits
+from hyperjax.catalog import FLAGS, build_catalog, with_poor_fits
 from hyperjax.config import Config
 from hyperjax.covariance import GroupCovariance, block_covariances, group_covariances
 from hyperjax.deblending import Peaks, worth_of_one
@@ -37,7 +38,7 @@ from hyperjax.rms_map import with_rms_map
 from hyperjax.search import find_sources
 from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
 from hyperjax.spectrum import segment_side
-from hyperjax.whitened import Field, significance
+from hyperjax.whitened import Field, local_variation, significance
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ _REACH_FWHM = 4.0  # offset up to which noise may be correlated
 _LEAST_FWHM = 1.8  # of the beam, pixels: below, sources are not sampled well enough for a spectrum
 _SEGMENT_FWHM = 3.0  # least side of the segments of the spectrum, beam FWHM
 _SPECTRAL_FILTER_FWHM = 10.0  # side of the high-pass filter before the spectrum, beam FWHM
+_ODD_FACTOR = 1.5  # between the noise of a map and that given for it
+_OUTLIER = 5.0  # of the residual, in units of the noise: none of it
+_DOUBTFUL = FLAGS.POOR_FIT, FLAGS.NOT_CONVERGED  # of sources that are counted in the log
 _ROUNDING = 1e-14  # of a map's largest value: what scatters less has no noise
 
 
@@ -116,16 +120,22 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     ------
     MapTooSmallError
         If the map is smaller than the detection filter.
+    TypeError
+        If it is given a path, say, in place of a map.
     BlankMapError
         If the map has no noise, so that no signal-to-noise ratio can be had.
     MissingFileError, ConfigError
         If the table of sources, where the options name one, is not there or is none.
     """
+    if not isinstance(map, Map):
+        raise TypeError(f"extract() takes a Map, not {type(map).__name__}: use read_map(path)")
     seconds: dict[str, float] = {}
     map, config, unusable = _with_noise(map, config)
     given = given_sources(config, map.frame)
     placed = None if given is None else place(given, map)
-    measured = _by_spectrum(map, config, seconds) or _by_pixels(map, config, seconds, placed)
+    measured, why_white = _by_spectrum(map, config, seconds)
+    if measured is None:
+        measured = _by_pixels(map, config, seconds, placed)
     fits, found = measured.fits, measured.found
     if measured.noise_model == "correlated" or _is_weighed_by_noise(config):
         fits = with_poor_fits(fits)
@@ -156,17 +166,15 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         at_positions = placed is not None and placed.at_positions
         rows = np.flatnonzero(placed.measured) if placed and at_positions else np.argsort(order)
         covariances = measured.covariances(rows) if config.fit_options.calc_covar else None
-        catalog.meta["fit_reach_pix"] = float(config.fit_options.window_fwhm * map.beam_fwhm_pix)
-        catalog.meta["noise_model"] = measured.noise_model
-        if unusable is not None:
-            catalog.meta["rms_map_not_used"] = unusable
-        catalog.meta["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
-        if measured.peaks_left is not None:
-            catalog.meta["residual_peaks"] = measured.peaks_left
+        catalog.meta |= {
+            "sigma_thres": config.detection.sigma_thres,
+            "fit_reach_pix": float(config.fit_options.window_fwhm * map.beam_fwhm_pix),
+            **_noise_metadata(map, config, measured, unusable, why_white),
+        }
     if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
             logger.info("%s: %s", map.name, line)
-    logger.info("%s: %s", map.name, _summary(measured, len(order), seconds))
+    logger.info("%s: %s", map.name, _summary(measured, catalog, seconds))
     return Extraction(
         map=map,
         config=config,
@@ -204,7 +212,7 @@ class _Measured:
 
     `correlation` is that of the residual, as it is told, and `summed` that which errors of sums
     over apertures take. `covariances` takes the row in the catalogue of each source. `peaks_left`
-    counts the peaks that are left in the residual. See `Extraction` for the images.
+    and `edge_peaks` count the peaks that are left in the residual. See `Extraction` for the images.
     """
 
     fits: SourceFits
@@ -219,6 +227,7 @@ class _Measured:
     covariances: Callable[[NDArray[np.int_]], list[GroupCovariance] | None]
     separate: NDArray[np.float64] | None = None
     peaks_left: int | None = None
+    edge_peaks: int | None = None
 
 
 def _is_weighed_by_noise(config: Config) -> bool:
@@ -227,45 +236,86 @@ def _is_weighed_by_noise(config: Config) -> bool:
     return options.loss == "linear" and options.weights in ("null", "inverse_rms")
 
 
-def _summary(measured: _Measured, count: int, seconds: dict[str, float]) -> str:
+def _summary(measured: _Measured, catalog: QTable, seconds: dict[str, float]) -> str:
     """One line for the log."""
     rms = float(np.nanmedian(measured.rms))
     width = measured.correlation.fwhm_pix
-    shared = f"correlated over {width:.1f} pixels" if width else "not shared by pixels"
+    shared = f"correlated over {width:.1f} pixels (FWHM)" if width else "not correlated"
     spectrum = (
         "with the spectrum of the noise"
         if measured.noise_model == "correlated"
         else "pixel by pixel"
     )
+    flags = np.asarray(catalog["FLAGS"])
+    doubtful = {flag.name: np.count_nonzero(flags & flag) for flag in _DOUBTFUL}
+    found = [counted(len(catalog), "source")]
+    found += [f"{count} of them {name}" for name, count in doubtful.items() if count]
     took = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds.items())
     return (
-        f"noise {rms:.4g} Jy/beam, {shared}; fitted {spectrum}; {counted(count, 'source')} ({took})"
+        f"noise of pixels {rms:.4g} Jy/beam, {shared}; fitted {spectrum}; {', '.join(found)} "
+        f"({took})"
     )
 
 
-def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measured | None:
-    """Find and fit the sources in noise of a measured spectrum; None where that is not to be."""
+def _noise_metadata(
+    map: Map, config: Config, measured: _Measured, unusable: str | None, why_white: str | None
+) -> dict[str, Any]:
+    """What the catalogue says of the noise, and of the peaks that are left in it."""
+    given = config.noise
+    out: dict[str, Any] = {}
+    out["noise"] = (
+        "rms_jy_beam is the median noise of a pixel of the map less what is larger than the "
+        "high-pass filter, noise_correlation_fwhm_pix the width of its autocorrelation (0: none), "
+        "both of the residual"
+    )
+    out["rms_jy_beam"] = float(np.nanmedian(measured.rms))
+    out["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
+    out["noise_model"] = measured.noise_model
+    if why_white is not None:
+        out["noise_model_reason"] = unusable or why_white
+    if unusable is not None:
+        out["rms_map_not_used"] = unusable
+    elif map.rms is not None and given.is_given:
+        out["rms_map"] = str(given.rms_map or map.name)
+        out["rms_map_kind"] = given.rms_kind
+        out["rms_map_factor"] = float(np.nanmedian(measured.rms / map.rms))
+    if measured.peaks_left is not None:
+        out["residual_peaks"] = measured.peaks_left
+        out["edge_peaks"] = measured.edge_peaks
+    return out
+
+
+def _by_spectrum(
+    map: Map, config: Config, seconds: dict[str, float]
+) -> tuple[_Measured | None, str | None]:
+    """Find and fit the sources in noise of a measured spectrum; or why that is not to be."""
     if config.noise.model == "white":
-        return None
+        return None, "noise.model is white"
     if config.of_pixels:
-        logger.info("%s: fitted pixel by pixel, as %s asks for it", map.name, config.of_pixels[0])
-        return None
+        key = config.of_pixels[0]
+        logger.info("%s: fitted pixel by pixel, as %s asks for it", map.name, key)
+        return None, f"{key} asks for the fit of pixels"
     box = _spectral_filter(map)
     if box is None:
         _filter_size(map, config)  # an error where the map is too small for the other way, too
-        _warn_of_white(map, "is too small for the spectrum of its noise, or its beam too narrow")
-        return None
+        return None, _warned_of_white(
+            map,
+            f"is too small for the spectrum of its noise ({map.shape[1]} x {map.shape[0]} pixels), "
+            f"or its beam too narrow ({map.beam_fwhm_pix:.1f} pixels)",
+        )
     with timed(seconds, "fit", map.name):
         (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
         field = Field(map.data, (xx, xy, yy), box, config, map.rms)
         sources = find_sources(field)
     if sources is None:
-        _warn_of_white(
-            map, "is blank for the most part, or without noise beside its brightest pixel"
+        blank = 100 * (1 - np.mean(field.valid))
+        return None, _warned_of_white(
+            map,
+            f"has no squares of {segment_side(map.shape)} pixels without blank ones ({blank:.0f} % "
+            "of it are blank: cut it to what is not), or no noise beside its brightest pixel",
         )
-        return None
     fits, noise = sources.fits, sources.noise
-    _tell_of_peaks(map, sources.peaks, config.detection.sigma_thres)
+    _tell_of_peaks(map, sources.peaks, sources.edge_peaks, config.detection.sigma_thres)
     with timed(seconds, "images", map.name):
         model = render_sources(map.shape, fits)
         size = least_filter_size(map.beam_fwhm_pix)
@@ -276,9 +326,11 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         rms = np.where(field.valid, noise.scale * clipped_rms(unit), np.nan)
         fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
         found = _detections(fits, rms, passed(map.data), map, config)
+        if map.rms is not None:
+            _tell_of_given_noise(map, config, rms / map.rms, local_variation(field, unit))
     with timed(seconds, "errors", map.name):
-        correlation = _correlation(map, residual, fits)
-    return _Measured(
+        correlation = _correlation(map, residual / rms, fits)
+    measured = _Measured(
         fits=fits,
         found=found,
         model=model,
@@ -289,8 +341,31 @@ def _by_spectrum(map: Map, config: Config, seconds: dict[str, float]) -> _Measur
         summed=noise.spectrum.correlation(size, math.ceil(_REACH_FWHM * map.beam_fwhm_pix)),
         noise_model="correlated",
         peaks_left=len(sources.peaks.x),
+        edge_peaks=len(sources.edge_peaks.x),
         covariances=functools.partial(block_covariances, sources.blocks),
     )
+    return measured, None
+
+
+def _tell_of_given_noise(
+    map: Map, config: Config, ratio: NDArray[np.float64], variation: float
+) -> None:
+    """Warn where the noise of the map is not what is given: in its strength, or how it varies."""
+    factor = float(np.nanmedian(ratio))
+    if config.noise.rms_kind != "weight" and not 1 / _ODD_FACTOR < factor < _ODD_FACTOR:
+        logger.warning(
+            "%s: the noise of the map is %.3g times that of the image given as noise.rms_map, of "
+            "which only the variation over the map is used; check its unit and noise.rms_kind",
+            map.label,
+            factor,
+        )
+    if variation > _ODD_FACTOR:
+        logger.warning(
+            "%s: the noise of the map varies by a factor of %.2g otherwise than that of the image "
+            "given as noise.rms_map; check the image, and noise.rms_kind, or leave them out",
+            map.label,
+            variation,
+        )
 
 
 def _spectral_filter(map: Map) -> int | None:
@@ -304,33 +379,45 @@ def _spectral_filter(map: Map) -> int | None:
     return 2 * int(_SPECTRAL_FILTER_FWHM / 2 * fwhm) + 1
 
 
-def _tell_of_peaks(map: Map, peaks: Peaks, threshold: float) -> None:
+def _tell_of_peaks(map: Map, peaks: Peaks, at_edge: Peaks, threshold: float) -> None:
     """Say which peaks are left in the residual: as a warning, if one is worth a source."""
-    if not len(peaks.x):
-        return
-    brightest = int(np.argmax(peaks.snr))
-    is_worth = peaks.snr[brightest] ** 2 >= worth_of_one(threshold)
-    logger.log(
-        logging.WARNING if is_worth else logging.INFO,
-        "%s: %s of %g sigma or more left in the residual; the highest, of %.1f sigma, is at pixel "
-        "(%.1f, %.1f)",
-        map.name,
-        counted(len(peaks.x), "peak"),
-        threshold,
-        peaks.snr[brightest],
-        peaks.x[brightest],
-        peaks.y[brightest],
-    )
+    if len(peaks.x):
+        is_worth = peaks.snr.max() ** 2 >= worth_of_one(threshold)
+        logger.log(
+            logging.WARNING if is_worth else logging.INFO,
+            "%s: %s of %g sigma or more left in the residual; %s",
+            map.name,
+            counted(len(peaks.x), "peak"),
+            threshold,
+            _highest(peaks),
+        )
+    if len(at_edge.x):
+        logger.warning(
+            "%s: %s left at edges, too close to them for what is there to be measured, and fluxes "
+            "beside them may be off; %s",
+            map.name,
+            counted(len(at_edge.x), "bright peak"),
+            _highest(at_edge),
+        )
 
 
-def _warn_of_white(map: Map, why: str) -> None:
-    """Say that the spectrum of a map's noise cannot be had."""
+def _highest(peaks: Peaks) -> str:
+    """Where the highest of some peaks is."""
+    i = int(np.argmax(peaks.snr))
+    place = f"({peaks.x[i]:.1f}, {peaks.y[i]:.1f})"
+    return f"the highest, of {peaks.snr[i]:.1f} sigma, is at pixel {place}"
+
+
+def _warned_of_white(map: Map, why: str) -> str:
+    """Say that the spectrum of a map's noise cannot be had, and why."""
     logger.warning(
-        "%s: the map %s; sources are fitted as if the noise of its pixels were independent "
-        "(as with noise.model: white)",
+        "%s: the map %s; sources are fitted as if the noise of its pixels were independent (as "
+        "with noise.model: white), and the threshold is in units of the scatter of the whole "
+        "filtered map, which bright sources raise",
         map.label,
         why,
     )
+    return f"the map {why}"
 
 
 def _detections(
@@ -375,7 +462,7 @@ def _by_pixels(
                 separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
         residual = map.data - background - model
     with timed(seconds, "errors", map.name):
-        correlation = _correlation(map, residual, fits)
+        correlation = _correlation(map, residual / _variation(map), fits)
         if modelled is not None:
             modelled = _with_errors(map, config, modelled, noise, correlation)
             fits = modelled.fits
@@ -447,12 +534,17 @@ def _modelled(
     return modelled, found, rms
 
 
-def _correlation(map: Map, residual: NDArray[np.float64], fits: SourceFits) -> Correlation:
-    """How the noise of neighbouring pixels is correlated, measured away from all sources."""
-    fwhm = map.beam_fwhm_pix
-    covered = near_sources(map.shape, fits.x, fits.y, _SOURCE_FWHM * fwhm)
-    noise = np.where(covered, np.nan, residual / _variation(map))
-    return measure_correlation(noise, math.ceil(_REACH_FWHM * fwhm))
+def _correlation(map: Map, noise: NDArray[np.float64], fits: SourceFits) -> Correlation:
+    """How the noise (ny, nx) of neighbouring pixels is correlated, away from all sources.
+
+    And away from what stands out of it: what is left of sources that were not fitted, or poorly.
+    """
+    radius = _SOURCE_FWHM * map.beam_fwhm_pix
+    y, x = np.nonzero(np.abs(noise) > _OUTLIER * clipped_rms(noise))
+    x, y = np.concatenate([[fits.x, fits.y], [x, y]], axis=1)
+    covered = near_sources(map.shape, x, y, radius)
+    reach = math.ceil(_REACH_FWHM * map.beam_fwhm_pix)
+    return measure_correlation(np.where(covered, np.nan, noise), reach)
 
 
 def _filter_size(map: Map, config: Config) -> int:

@@ -2,8 +2,9 @@
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
 left is searched for more, twice if anything was added; and so again, until nothing is added, or
-five times. In the last noise all sources are fitted until none moves. Where sources may be a
-pattern on the sky, which the noise's spectrum would hold, it has no directions at first.
+five times. In the last noise those are fitted again that have moved, or that others have moved
+beside, until none moves. Where sources may be a pattern on the sky, which the noise's spectrum
+would hold, it has no directions at first.
 """
 
 import logging
@@ -62,10 +63,12 @@ _NOISES = 5  # times that the noise is measured while sources are added
 _MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
 _UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
 _DRIFTING = 0.02  # the same where most sources move by more: together they may go far
+_FAR_MOVED = 2.0  # errors: what moves further may move others, over the box of the filter
 _SWEEPS = 60  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
 _RINGS = 2.5  # of the reach of a poor fit: where whitening makes rings of what it leaves
-_EDGE_FWHM = 2.0  # of the beam: peaks that are closer to an edge may be its work
+_BLANK = -1e9  # of the matched filter, in blank pixels
+_EDGE_FWHM = 2.0  # of the beam: what is closer to an edge may be its work
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
 _RING = 0.2  # of the source: their brightness
 
@@ -74,13 +77,14 @@ class Found(NamedTuple):
     """Sources of a map, the covariances of their blocks, and the noise that they were found in.
 
     And the peaks above the threshold that are left in the residual, but for those round sources
-    that fit poorly and at edges.
+    that fit poorly. Of those at edges only what would be worth a source, and apart.
     """
 
     fits: SourceFits
     blocks: list[tuple[NDArray[np.int_], NDArray[np.float64]]]
     noise: Noise
     peaks: Peaks
+    edge_peaks: Peaks
 
 
 def find_sources(field: Field) -> Found | None:
@@ -113,7 +117,7 @@ def find_sources(field: Field) -> Found | None:
             )
             noise = updated_noise(field, before, fits, left, smooth=True)
             break
-        change = _change(fits, swept.fits)
+        seen, change = fits, _change(fits, swept.fits)
         settled &= ~_has_come_near(field, fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
         fits, settled, changes, left = _searched(
@@ -127,8 +131,10 @@ def find_sources(field: Field) -> Found | None:
         elif number and changes == 0:
             stale = change > _MOST_MOVED
             stale |= _beside(field, swept, _moving(change) | ~keep)
-            return _settled(field, noise, swept.take(keep), stale[keep], options, left)
-    return _settled(field, noise, Swept(fits, []), np.ones(len(fits.x), bool), options, left)
+            seen = seen.take(np.flatnonzero(keep))
+            return _settled(field, noise, swept.take(keep), stale[keep], options, seen, left)
+    everything = np.ones(len(fits.x), bool)
+    return _settled(field, noise, Swept(fits, []), everything, options, fits, left)
 
 
 def _settled(
@@ -137,15 +143,17 @@ def _settled(
     swept: Swept,
     stale: NDArray[np.bool_],
     options: FitOptions,
+    seen: SourceFits,
     left: NDArray[np.float64] | None = None,
 ) -> Found:
     """Fit sources until none moves, without those that turn out to be none.
 
     Those are fitted that are `stale` (n,), since they or what is beside them have moved, that blank
-    pixels cut into, or whose block is another one now. Those that still move after `_SWEEPS` times
-    have not converged. What the sources leave of the map as they are may be given.
+    pixels cut into, or whose block is another one now. At the end all are fitted once more if one
+    is gone, or is far from where it was `seen` when all were fitted last. What still moves after
+    `_SWEEPS` times has not converged. What the sources leave of the map as they are may be given.
     """
-    sweeps = 0
+    sweeps, gone = 0, False
     while True:
         before = filled_in(field, noise, swept.fits)
         filled = _moving(_change(swept.fits, before))
@@ -158,10 +166,13 @@ def _settled(
         stale = moving | _beside(field, swept, moving | ~keep)
         if not keep.all():
             swept, stale, left = swept.take(keep), stale[keep], None
+            seen, gone = seen.take(np.flatnonzero(keep)), True
             continue
         sweeps += 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
-        if not moving.any() or sweeps == _SWEEPS:
+        if not moving.any() and (gone or np.any(_change(seen, swept.fits) > _FAR_MOVED)):
+            stale, seen, gone = np.ones(len(stale), bool), swept.fits, False
+        if not stale.any() or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
             return _found(field, noise, swept, left)
 
@@ -183,16 +194,24 @@ def _found(
 ) -> Found:
     """The sources as they are, and the peaks of what is left of the map, which may be given."""
     fits = swept.fits
+    threshold = field.config.detection.sigma_thres
     left = filtered(field, fits) if left is None else left
-    peaks = find_peaks(field, noise, waves_of(noise, left), field.config.detection.sigma_thres)
-    poor = fits.take(np.flatnonzero(fits.chi2_red > POOR_CHI2))
-    if len(poor.x):
-        away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
-        reach = _RINGS * _reach(field, poor)
-        peaks = peaks.take(np.flatnonzero(np.all(away > reach, axis=1)))
+    peaks = find_peaks(field, noise, waves_of(noise, left), threshold, least_depth=0.0)
     whole = nearest_values(field.depth, peaks.x, peaks.y) > _EDGE_FWHM * field.fwhm_pix
-    peaks = peaks.take(whole)
-    return Found(*swept, noise, peaks)
+    at_edge = peaks.take(~whole & (peaks.snr**2 >= worth_of_one(threshold)))
+    poor = fits.take(np.flatnonzero(fits.chi2_red > POOR_CHI2))
+    return Found(
+        *swept,
+        noise,
+        _away_from(field, poor, peaks.take(whole), _RINGS),
+        _away_from(field, poor, at_edge, 1.0),
+    )
+
+
+def _away_from(field: Field, poor: SourceFits, peaks: Peaks, reaches: float) -> Peaks:
+    """Peaks that are further than so many of its reaches from each source."""
+    away = np.hypot(peaks.x[:, None] - poor.x, peaks.y[:, None] - poor.y)
+    return peaks.take(np.all(away > reaches * _reach(field, poor), axis=1))
 
 
 def _reach(field: Field, fits: SourceFits) -> NDArray[np.float64]:
@@ -211,9 +230,9 @@ def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
 
 
 def _change(before: SourceFits, after: SourceFits) -> NDArray[np.float64]:
-    """How far the peak or the position of a source (n,) has moved, in units of its error."""
-    error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :3])
-    change = np.abs([after.peak - before.peak, after.x - before.x, after.y - before.y]).T
+    """How far a source (n,) has moved: the peak, the position or a size, in units of its error."""
+    error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :5])
+    change = np.abs(np.column_stack(after[:5]) - np.column_stack(before[:5]))
     known = error > 0
     return np.asarray(np.divide(change, error, out=np.zeros_like(change), where=known).max(axis=1))
 
@@ -297,7 +316,8 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     excess = np.where(poor, fits.chi2_red, 1.0)
     compared = np.isin(np.arange(len(ratio)), _neighbours(field, fits))
     least = np.where(poor | ~compared, threshold**2 * excess, 0.0)
-    inside = nearest_values(field.depth, fits.x, fits.y) > FWHM_PER_SIGMA * fits.sigma_major
+    size = np.maximum(FWHM_PER_SIGMA * fits.sigma_major, _EDGE_FWHM * field.fwhm_pix)
+    inside = nearest_values(field.depth, fits.x, fits.y) > size
     worth = worth_of_one(threshold) * excess
     reached = (ratio**2 >= least) | inside & (significance(fits) ** 2 >= worth)
     return np.asarray(reached & (ratio > math.sqrt(LEAST_SNR_SQUARED)))
@@ -335,22 +355,30 @@ def _is_halo(field: Field, fits: SourceFits) -> NDArray[np.bool_]:
     return out
 
 
-def find_peaks(field: Field, noise: Noise, waves: Waves, threshold: float) -> Peaks:
-    """Peaks of the matched filter of the beam above a threshold, brightest first."""
+def find_peaks(
+    field: Field, noise: Noise, waves: Waves, threshold: float, least_depth: float | None = None
+) -> Peaks:
+    """Peaks of the matched filter of the beam above a threshold, brightest first.
+
+    They are deeper inside the map than `least_depth` pixels, if not given than the smallest source
+    is large.
+    """
+    if least_depth is None:
+        least_depth = max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)
     snr, error = waves.matched(noise.spectrum, field.beam)
-    snr = np.where(field.valid, snr, -np.inf)
+    snr = np.where(field.valid, snr, _BLANK)
     y, x = np.nonzero((snr == ndimage.maximum_filter(snr, size=3)) & (snr > threshold))
-    inside = field.depth[y, x] > max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)
+    inside = field.depth[y, x] > least_depth
     y, x = y[inside], x[inside]
     order = np.argsort(-snr[y, x], kind="stable")
     y, x = y[order], x[order]
-    found = Peaks(
-        x + _vertex(snr[y, x - 1], snr[y, x], snr[y, x + 1]),
-        y + _vertex(snr[y - 1, x], snr[y, x], snr[y + 1, x]),
-        snr[y, x],
-        snr[y, x] * error * noise.scale[y, x],
+    height, wide = snr[y, x], np.pad(snr, 1, mode="edge")
+    return Peaks(
+        x + _vertex(wide[y + 1, x], height, wide[y + 1, x + 2]),
+        y + _vertex(wide[y, x + 1], height, wide[y + 2, x + 1]),
+        height,
+        height * error * noise.scale[y, x],
     )
-    return found
 
 
 def _without_faint(field: Field, peaks: Peaks) -> Peaks:

@@ -275,6 +275,16 @@ def _local_noise(field: Field, image: NDArray[np.float64]) -> NDArray[np.float64
     return local_rms(image, field.inner, _LOCAL_FWHM * field.fwhm_pix)
 
 
+def local_variation(field: Field, unit: NDArray[np.float64]) -> float:
+    """By what factor noise that should be the same all over the map varies, for nine tenths of it.
+
+    `unit` (ny, nx) is NaN where there is none.
+    """
+    local = local_rms(np.nan_to_num(unit), np.isfinite(unit), _LOCAL_FWHM * field.fwhm_pix)
+    least, most = np.percentile(local[field.valid], [5, 95])
+    return float(most / least)
+
+
 def _given_scale(field: Field) -> NDArray[np.float64]:
     """The noise that is given, 1 where none is; its median where the map is blank."""
     if field.rms is None:

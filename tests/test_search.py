@@ -21,7 +21,7 @@ from hyperjax.maps import Map, read_map
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.simulation import Simulation, simulate, write_simulation
 from hyperjax.sources import SourceFits
-from hyperjax.whitened import Field, Noise, Swept, filtered, first_noise, updated_noise
+from hyperjax.whitened import Field, Noise, Swept, filtered, first_noise, sweep, updated_noise
 
 TRUTH_OF = {
     "FLUX_TOTAL": "FLUX_TOTAL",
@@ -262,13 +262,40 @@ def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.Monk
     assert found is not None
     wrong = Swept(found.fits._replace(peak=1.5 * found.fits.peak), [])
     stale = np.ones(len(found.fits.x), bool)
-    again = search._settled(field, found.noise, wrong, stale, FitOptions())
+    again = search._settled(field, found.noise, wrong, stale, FitOptions(), wrong.fits)
     assert (again.fits.status == 1).all()
     error = np.sqrt(again.fits.covariance[:, 0, 0])
     assert np.max(np.abs(again.fits.peak - found.fits.peak) / error) < 0.5
     monkeypatch.setattr(search, "_SWEEPS", 1)
-    stopped = search._settled(field, found.noise, wrong, stale, FitOptions())
+    stopped = search._settled(field, found.noise, wrong, stale, FitOptions(), wrong.fits)
     assert (stopped.fits.status == 0).all()
+
+
+def test_what_is_beside_a_source_that_goes_far_is_fitted_again(tmp_path: Path) -> None:
+    """Two that do not overlap: one fitted while the other was five errors off."""
+    places, shapes = ((60.0, 64.0), (72.0, 64.0)), ((4.6, 4.4, 0.0),) * 2
+    map, _ = made(
+        tmp_path,
+        positions=places,
+        fluxes=(0.5, 0.5),
+        shapes=shapes,
+        shape=(128, 128),
+        noise="white",
+    )
+    (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
+    field = Field(map.data, (xx, xy, yy), 41, config_from_dict({}))
+    found = search.find_sources(field)
+    assert found is not None
+    right = found.fits
+    assert len(right.x) == 2
+    first, second = np.arange(2) == 0, np.arange(2) == 1
+    off = 5 * np.sqrt(np.diagonal(right.covariance, axis1=1, axis2=2)) * second[:, None]
+    wrong = right._replace(peak=right.peak + off[:, 0], sigma_major=right.sigma_major + off[:, 3])
+    swept = sweep(field, found.noise, wrong, FitOptions(), among=first)
+    assert search._change(right, swept.fits)[0] > 0.15
+    swept = Swept(swept.fits, [(np.array([i]), right.covariance[i]) for i in range(2)])
+    settled = search._settled(field, found.noise, swept, second, FitOptions(), swept.fits)
+    assert search._change(right, settled.fits).max() < 0.1
 
 
 def test_one_round_source_stays_one(tmp_path: Path) -> None:
