@@ -76,6 +76,7 @@ class Case:
 
 TEN = {"beam_fwhm_pix": 10.0, "n_sources": 20}
 BEAM = {"noise": "beam"}
+HOLES = {"border_pix": 20, "n_holes": 6}
 TILTED = {"beam_fwhm_pix": 5.0, "beam_axis_ratio": 0.6, "beam_pa_deg": 30.0}
 CASES = {
     "white": Case({}),
@@ -87,8 +88,8 @@ CASES = {
     "white; a slope of 100 and structure of 10 times the noise": Case(
         {"gradient": 100.0, "structure": 10.0}
     ),
-    "beam-shaped; blank border and holes": Case(BEAM | {"border_pix": 20, "n_holes": 6}),
-    "white; border and holes of zeros": Case({"border_pix": 20, "n_holes": 6, "blank": "zero"}),
+    "beam-shaped; blank border and holes": Case(BEAM | HOLES),
+    "white; border and holes of zeros": Case(HOLES | {"blank": "zero"}),
     "beam-shaped, beam of 5 pixels, axis ratio 0.6": Case(BEAM | TILTED),
     "white, growing five times across the map": Case({"n_sources": 80}, growing),
     "white, 300 sources, 30 % in blends": Case(CROWD),
@@ -110,9 +111,8 @@ CASES = {
         BEAM | TILTED | {"n_sources": 0}
     ),
     "1/f, no source": Case({"noise": "1/f", "n_sources": 0}),
-    "white, no source; blank border and holes": Case(
-        {"n_sources": 0, "border_pix": 20, "n_holes": 6}
-    ),
+    "white, no source; blank border and holes": Case(HOLES | {"n_sources": 0}),
+    "beam-shaped, no source; blank border and holes": Case(BEAM | HOLES | {"n_sources": 0}),
 }
 FULL = {
     f"{noise.replace('beam', 'beam-shaped')}, {of}full of rows {beams:g} beams apart": Case(
