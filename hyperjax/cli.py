@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,15 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks of errors, and log every detail.")
 ]
 
+
+class RmsKinds(StrEnum):
+    """What an image of the noise holds (`noise.rms_kind`)."""
+
+    RMS = "rms"
+    VARIANCE = "variance"
+    WEIGHT = "weight"
+
+
 Unit = Annotated[
     str | None,
     typer.Option(
@@ -90,6 +100,15 @@ RmsHdu = Annotated[
     typer.Option(
         metavar="N",
         help="Number or name of the extension of the noise, in --rms-map or in the map itself.",
+    ),
+]
+RmsKind = Annotated[
+    RmsKinds | None,
+    typer.Option(
+        metavar="KIND",
+        help="What the image of the noise holds: rms, variance, or weight (the inverse variance "
+        "is proportional to it: exposure, coverage). Default: rms.",
+        case_sensitive=False,
     ),
 ]
 
@@ -227,6 +246,7 @@ def run(
     beam: BeamFwhm = None,
     rms_map: RmsMap = None,
     rms_hdu: RmsHdu = None,
+    rms_kind: RmsKind = None,
     frequency: Annotated[
         float | None,
         typer.Option(
@@ -308,6 +328,7 @@ def run(
         "files.hdu": hdu,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "noise.rms_hdu": rms_hdu,
+        "noise.rms_kind": rms_kind.value if rms_kind else None,
         "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
@@ -613,6 +634,7 @@ def completeness(
     beam: BeamFwhm = None,
     rms_map: RmsMap = None,
     rms_hdu: RmsHdu = None,
+    rms_kind: RmsKind = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -633,6 +655,7 @@ def completeness(
         "survey.beam_fwhm_arcsec": beam,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "noise.rms_hdu": rms_hdu,
+        "noise.rms_kind": rms_kind.value if rms_kind else None,
     }
     with _errors_in_one_line(debug):
         from rich.console import Console

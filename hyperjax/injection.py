@@ -41,7 +41,7 @@ from hyperjax.evaluate import matches
 from hyperjax.logs import counted, told_once
 from hyperjax.maps import Map, local_geometry, pixel_covariance
 from hyperjax.pipeline import Extraction, extract
-from hyperjax.rms_map import with_rms_map
+from hyperjax.rms_map import with_usable_noise
 from hyperjax.sources import SourceFits, nearest_values, render_sources
 
 __all__ = [
@@ -73,6 +73,7 @@ _RANGE = 0.3, 10.0  # of the injected fluxes, in units of the flux at the thresh
 _PILOT = 30.0  # peaks of the sources that tell the noise of sources, in units of the pixel noise
 _PILOT_TOLERANCE = 0.2  # relative error of the peak of one that is not confused
 _MOST_PILOTS = 100
+_FEW = 50  # injected sources, which tell no limits and no biases
 _PER_BIN, _BINS = 60, (4, 16)  # injected sources in a bin, about; least and most bins
 _SIGMA_SHARE = 0.6827
 _RESAMPLED = 200
@@ -119,6 +120,8 @@ class Completeness:
         ]
         for fraction in (0.5, 0.9):
             row = rows[fraction]
+            if len(self.injections) < _FEW:
+                continue
             if np.isfinite(row["FLUX"]):
                 flux, error = row["FLUX"], (row["FLUX_HIGH"] - row["FLUX_LOW"]) / 2
                 parts.append(
@@ -131,7 +134,9 @@ class Completeness:
         share = f" ({100 * max(1 - false / real, 0):.1f} % reliable)" if real else ""
         parts.append(f"The map itself has {counted(real, 'source')}, its negative {false}{share}.")
         well = self.injections[self.injections["FOUND"] & (self.injections["SNR"] >= WELL_FOUND)]
-        if len(well):
+        if len(self.injections) < _FEW:
+            parts.append(f"So few tell no more; inject some hundreds (-n), {_FEW} at least.")
+        elif len(well) > 1:
             off = deviations(well)
             pull = _told(mad_std, off["PULL_FLUX"])
             parts.append(
@@ -196,7 +201,7 @@ def completeness(
             "photometry.calibration_error": 0.0,  # injected fluxes have none
         },
     )
-    map = with_rms_map(map, quiet)
+    map, quiet, unusable = with_usable_noise(map, quiet)
     places = _Places(map, quiet)
     runs = -(-n // places.at_once)
     steps = _Steps(3 + runs, progress)
@@ -219,6 +224,8 @@ def completeness(
         tables.append(steps.done(_compared(before, after, injected, noise, len(tables))))
     injections = vstack(tables)
     injections.meta = _metadata(map, config, seed, len(tables), places, noise, before)
+    if unusable is not None:
+        injections.meta["rms_map_not_used"] = unusable
     return _summarised(injections, before.catalog, negative.catalog, seed)
 
 
@@ -252,9 +259,8 @@ def _refuse(
     if n < 1:
         raise ConfigError(f"-n {n}: must be at least 1 source")
     if fluxes is not None and not 0 < fluxes[0] < fluxes[1] < np.inf:
-        raise ConfigError(
-            f"fluxes {fluxes[0]:g} to {fluxes[1]:g}: must rise from a positive number"
-        )
+        low, high = (1e3 * flux for flux in fluxes)
+        raise ConfigError(f"fluxes {low:g} to {high:g} mJy: must rise from a positive number")
     if not 1 <= fwhm[0] <= fwhm[1] < np.inf:
         raise ConfigError(
             f"FWHM {fwhm[0]:g} to {fwhm[1]:g} beams: must rise, from 1 or more (sources are as the "

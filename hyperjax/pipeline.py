@@ -26,7 +26,7 @@ from hyperjax.detection import (
     least_filter_size,
     shoulder_score,
 )
-from hyperjax.errors import BlankMapError, ConfigError, RmsMapError
+from hyperjax.errors import BlankMapError, ConfigError
 from hyperjax.forced import Placed, given_sources, place
 from hyperjax.logs import counted, timed
 from hyperjax.maps import Map
@@ -34,7 +34,7 @@ from hyperjax.modelling import Modelled, model_sources, unfitted, with_noise
 from hyperjax.noise import Correlation, clipped_rms, measure_correlation
 from hyperjax.photometry import Apertures, aperture_photometry
 from hyperjax.report import fit_lines
-from hyperjax.rms_map import with_rms_map
+from hyperjax.rms_map import with_usable_noise
 from hyperjax.search import find_sources
 from hyperjax.sources import SourceFits, near_sources, nearest_values, render_sources
 from hyperjax.spectrum import segment_side
@@ -130,7 +130,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     if not isinstance(map, Map):
         raise TypeError(f"extract() takes a Map, not {type(map).__name__}: use read_map(path)")
     seconds: dict[str, float] = {}
-    map, config, unusable = _with_noise(map, config)
+    map, config, unusable = with_usable_noise(map, config)
     given = given_sources(config, map.frame)
     placed = None if given is None else place(given, map)
     measured, why_white = _by_spectrum(map, config, seconds)
@@ -189,21 +189,6 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         separate=measured.separate,
         covariances=covariances,
     )
-
-
-def _with_noise(map: Map, config: Config) -> tuple[Map, Config, str | None]:
-    """The map with the noise that is given; without it, as white, and why, if it cannot be used."""
-    try:
-        return with_rms_map(map, config), config, None
-    except RmsMapError as error:
-        logger.warning(
-            "%s; it is not used: the noise is measured on the map and taken as independent from "
-            "pixel to pixel (noise.model = white)",
-            error,
-        )
-        measured = {"rms_map": None, "rms_hdu": None, "rms_kind": "rms", "model": "white"}
-        noise = config.noise.model_copy(update=measured)
-        return map, config.model_copy(update={"noise": noise}), str(error)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
 """The noise of a map as a configuration gives it (`noise.rms_map`, `rms_hdu`, `rms_kind`)."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,41 @@ import numpy as np
 from hyperjax.config import Config
 from hyperjax.errors import ConfigError, MapError, RmsMapError
 from hyperjax.maps import Map, read_noise
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = (
+    "this is the image of the noise: give its file as noise.rms_map (--rms-map), its HDU as "
+    "noise.rms_hdu (--rms-hdu), and what it holds as noise.rms_kind (--rms-kind): rms in the unit "
+    "of the map or like it, variance in the square of such a unit, or weight in any"
+)
+
+
+def with_usable_noise(map: Map, config: Config) -> tuple[Map, Config, str | None]:
+    """Give a map the noise that the options name; if that is of no use, say so, and go without.
+
+    Returns
+    -------
+    tuple
+        The map as of `with_rms_map`, the options, None. Or the map as it is, the options without
+        an image of the noise and with `noise.model: white`, and why.
+
+    Raises
+    ------
+    MissingFileError, MapError, ConfigError
+        As `with_rms_map`, but for `RmsMapError`.
+    """
+    try:
+        return with_rms_map(map, config), config, None
+    except RmsMapError as error:
+        logger.warning(
+            "%s; it is not used: the noise is measured on the map and taken as independent from "
+            "pixel to pixel (noise.model = white), and as the same all over the map",
+            error,
+        )
+        measured = {"rms_map": None, "rms_hdu": None, "rms_kind": "rms", "model": "white"}
+        noise = config.noise.model_copy(update=measured)
+        return map, config.model_copy(update={"noise": noise}), str(error)
 
 
 def with_rms_map(map: Map, config: Config) -> Map:
@@ -36,8 +72,8 @@ def with_rms_map(map: Map, config: Config) -> Map:
     except RmsMapError:
         raise
     except MapError as error:
-        where = "noise.rms_map, noise.rms_hdu and noise.rms_kind"
-        raise type(error)(f"{error}; this is the image of the noise, which {where} name") from None
+        fault = str(error).rsplit("; ", 1)[0]
+        raise type(error)(f"{fault}; {_REMEDY}") from None
     return replace(map, data=np.where(np.isfinite(rms), map.data, np.nan), rms=rms)
 
 
