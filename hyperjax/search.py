@@ -204,7 +204,7 @@ def _found(
         *swept,
         noise,
         _away_from(field, poor, peaks.take(whole), _RINGS),
-        _away_from(field, poor, at_edge, 1.0),
+        _away_from(field, poor, _without_faint(field, at_edge), 1.0),
     )
 
 

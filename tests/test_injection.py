@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from astropy import units as u
 from astropy.coordinates import SkyCoord
+from astropy.io import fits
 from astropy.table import QTable
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
@@ -316,7 +317,7 @@ def test_the_files_hold_the_result(result: Completeness, tmp_path: Path) -> None
 
 
 def test_a_figure_is_drawn_where_nothing_is_found(sky: Map) -> None:
-    nothing = completeness(sky, n=5, fluxes=(1e-6, 2e-6))
+    nothing = completeness(sky, n=50, fluxes=(1e-6, 2e-6))
     assert nothing.injections["FOUND"].sum() == 0
     assert "50 % are not reached" in nothing.summary()
     assert len(completeness_figure(nothing).axes) == 4
@@ -327,6 +328,8 @@ def test_a_figure_is_drawn_of_few_sources(sky: Map, n: int, tmp_path: Path) -> N
     """With too few for a median; the file is written all the same."""
     few = completeness(sky, n=n, fluxes=(0.05, 0.2))
     assert few.injections["FOUND"].sum() > 0
+    assert "So few tell no more" in few.summary()
+    assert "% are found" not in few.summary()
     assert all(path.exists() for path in write_completeness(few, tmp_path))
 
 
@@ -345,6 +348,18 @@ def test_warnings_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert len(said) == len(set(said))
 
 
+def test_noise_of_no_use_is_not_used_here_either(sky: Map, tmp_path: Path) -> None:
+    path = tmp_path / "rms.fits"
+    fits.writeto(path, np.zeros(sky.shape), sky.wcs.to_header())
+    call = ["completeness", str(sky.path), "-n", "4", "-o", str(tmp_path), "--rms-map", str(path)]
+    told = CliRunner().invoke(app, call)
+    assert told.exit_code == 0, told.output
+    assert "zero or negative" in told.stderr
+    table = QTable.read(tmp_path / "completeness" / "sky_limits.ecsv")
+    assert "zero or negative" in table.meta["rms_map_not_used"]
+    assert table.meta["noise_model"] == "white"
+
+
 def test_the_command_tells_the_limits(sky: Map, tmp_path: Path) -> None:
     call = ["completeness", str(sky.path), "-n", "60", "-o", str(tmp_path), "--sigma", "4"]
     told = CliRunner().invoke(app, call)
@@ -360,7 +375,7 @@ def test_the_command_tells_the_limits(sky: Map, tmp_path: Path) -> None:
     ("args", "words"),
     [
         (["--fwhm", "0.5", "1"], "FWHM 0.5 to 1 beams"),
-        (["--flux", "3", "1"], "fluxes 0.003 to 0.001"),
+        (["--flux", "3", "1"], "fluxes 3 to 1 mJy"),
         (["-n", "0"], "-n 0"),
     ],
 )

@@ -497,12 +497,19 @@ def test_the_catalogue_tells_what_the_noise_is(field: Measured, observe: Observe
     meta = field.extraction.catalog.meta
     assert meta["noise_model"] == "correlated"
     assert meta["noise_correlation_fwhm_pix"] == 0
+    assert meta["sigma_thres"] == 5
+    assert (meta["residual_peaks"], meta["edge_peaks"]) == (0, 0)
     _, image = observe(CORRELATED)
     meta = extract(image).catalog.meta
     assert meta["noise_model"] == "correlated"
     assert (
         3.5 < meta["noise_correlation_fwhm_pix"] < 5.7
     )  # sqrt(2) beams, less what the filter took
+
+
+def test_a_path_is_no_map() -> None:
+    with pytest.raises(TypeError, match=r"read_map\(path\)"):
+        extract("map.fits")  # type: ignore[arg-type]
 
 
 def test_a_manual_noise_below_all_rounding_is_refused(field: Measured) -> None:

@@ -102,6 +102,46 @@ def test_a_given_noise_makes_the_errors_right_everywhere(sky: Sky, model: str) -
     assert_allclose(result.rms / np.median(result.rms), NOISE / np.median(NOISE), rtol=1e-9)
 
 
+def test_the_catalogue_says_which_noise_was_given(sky: Sky) -> None:
+    path = sky.folder / "rms.fits"
+    meta = extract(sky.image, with_noise(path, "auto")).catalog.meta
+    assert (meta["rms_map"], meta["rms_map_kind"]) == (str(path), "rms")
+    assert_allclose(meta["rms_map_factor"], 1, atol=0.05)
+    assert_allclose(meta["rms_jy_beam"], np.median(NOISE), rtol=0.05)
+    assert "noise_model_reason" not in meta
+    assert "rms_map" not in extract(sky.image).catalog.meta
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (1000 * NOISE, "times that of the image"),
+        (NOISE[:, ::-1], "varies by a factor of"),
+        (np.full(SHAPE, 2e-3), "varies by a factor of"),
+    ],
+)
+def test_noise_that_the_map_does_not_have_is_told(
+    sky: Sky, given: NDArray, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(sky.folder / "other.fits", given, sky.simulated.header)
+    extract(sky.image, with_noise(path, "auto"))
+    (said,) = [one for one in (r.getMessage() for r in caplog.records) if "image given as" in one]
+    assert words in said
+    caplog.clear()
+    extract(sky.image, with_noise(sky.folder / "rms.fits", "auto"))
+    assert not [r for r in caplog.records if "image given as" in r.getMessage()]
+
+
+def test_what_the_image_holds_is_told_on_the_command_line(sky: Sky) -> None:
+    path = write(sky.folder / "weight.fits", NOISE**-2, sky.simulated.header)
+    call = ["run", str(sky.folder / "sky.fits"), "-o", str(sky.folder / "out_weight")]
+    told = CliRunner().invoke(app, [*call, "--rms-map", str(path), "--rms-kind", "weight"])
+    assert told.exit_code == 0, told.output
+    table = QTable.read(sky.folder / "out_weight/params/params_sky.ecsv")
+    assert table.meta["rms_map_kind"] == "weight"
+    assert not told.stderr
+
+
 def test_one_noise_for_all_is_wrong_where_it_varies(sky: Sky) -> None:
     _, low, pull = in_order(extract(sky.image, config_from_dict({"noise": {"model": "white"}})))
     assert np.std(pull[low]) < 0.8

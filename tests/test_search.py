@@ -505,6 +505,22 @@ def test_what_is_left_above_the_threshold_is_told(
     assert np.hypot(*np.subtract(place, lost["place"])) < 1
 
 
+def test_a_bright_source_that_the_edge_cuts_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It cannot be measured; and what the spectrum of so small a map makes of it is no noise."""
+    places = ((0.3, 60.0), (60.0, 60.0), (100.0, 30.0), (90.0, 90.0))
+    map, _ = made(tmp_path, positions=places, fluxes=(0.03,) * 4, shape=(128, 128), noise="white")
+    meta = extract(map).catalog.meta
+    assert meta["residual_peaks"] == 0
+    assert meta["edge_peaks"] == 1
+    assert meta["noise_correlation_fwhm_pix"] == 0
+    (record,) = caplog.records
+    assert "1 bright peak left at edges" in record.message
+    x, y = record.message.split("pixel (")[1].rstrip(")").split(", ")
+    assert np.hypot(float(x) - 0.3, float(y) - 60.0) < 1.5
+
+
 def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> None:
     """The flag tells it. Without the flag, peaks all round a disc would be in no source."""
     shape = (400, 400)
