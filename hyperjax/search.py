@@ -2,9 +2,9 @@
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
 left is searched for more, twice if anything was added; and so again, until nothing is added, or
-five times. In the last noise those are fitted again that have moved, or that others have moved
-beside, until none moves. Where sources may be a pattern on the sky, which the noise's spectrum
-would hold, it has no directions at first.
+five times (nine where sources may be a pattern). In the last noise those are fitted again that have
+moved, or that others have moved beside, until none moves. A pattern on the sky would be in the
+noise's spectrum, which therefore has no directions at first.
 """
 
 import logging
@@ -58,8 +58,9 @@ _NEAR_SNR = 3.0  # of a peak of the residual that is tried as a companion
 _NEIGHBOURS = 8  # sources near a peak that are looked at
 _MANY = 20  # sources, which do not become fainter by chance
 _MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
-_WARY_NOISES = 3  # at most, first, without directions where sources may be a pattern
 _NOISES = 5  # times that the noise is measured while sources are added
+_NOISES_OF_PATTERN = 9  # the same where sources may be a pattern
+_WARY_NOISES = 7  # of these, at most, first, without directions
 _MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
 _UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
 _DRIFTING = 0.02  # the same where most sources move by more: together they may go far
@@ -102,7 +103,9 @@ def find_sources(field: Field) -> Found | None:
         ftol=asked.ftol, xtol=asked.xtol, gtol=asked.gtol, max_steps=asked.max_nfev
     )
     settled, wary, left = np.zeros(len(fits.x), bool), True, None
-    for number in range(_NOISES):
+    for number in range(_NOISES_OF_PATTERN):
+        if number >= _NOISES and not pattern:
+            break
         left, before = filtered(field, fits) if left is None else left, noise
         noise = updated_noise(field, before, fits, left)
         pattern = pattern or noise.spectrum.stands_out
