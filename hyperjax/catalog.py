@@ -359,9 +359,9 @@ def _metadata(map: Map) -> dict[str, Any]:
         "beam_pa_map_deg": float(map.beam.pa_deg),
         "map_frame": map.frame,
         "beam_area_arcsec2": float(map.beam.area_arcsec2),
-        "recommended": "FLUX_TOTAL for total flux densities; RA and DEC for positions. Of sources "
-        "that are not Gaussian (POOR_FIT) FLUX is what the aperture holds; FLUX_TOTAL and the "
-        "correction of FLUX_APCOR are those of a Gaussian",
+        "recommended": "FLUX_TOTAL for total flux densities; RA and DEC for positions. FLUX_TOTAL "
+        "and the correction of FLUX_APCOR are those of a Gaussian: of sources that are none "
+        "(POOR_FIT) FLUX holds more in a larger aperture (photometry.fwhm_radius_ratio)",
         "position_angle": "PA is that of the major axis, East of North in ICRS, from 0 to 180 deg; "
         "so is beam_pa_icrs_deg, at the centre of the map; beam_pa_map_deg is that of the header, "
         "East of North in the frame of the map",
