@@ -526,6 +526,7 @@ def _extracted(outcome: MapOutcome, image: Map, task: _Task) -> MapOutcome:
     steps = outcome.steps
     with timed(steps, "start", task.name):
         extract = _extractor(task.cores)
+    logger.info("%s, threshold %g", image, task.config.detection.sigma_thres)
     extraction = extract(image, task.config)
     steps.update(extraction.seconds)
     if len(extraction.catalog) == 0:
