@@ -225,7 +225,8 @@ def completeness(
     injections = vstack(tables)
     injections.meta = _metadata(map, config, seed, len(tables), places, noise, before)
     if unusable is not None:
-        injections.meta["rms_map_not_used"] = unusable
+        for table in (injections, before.catalog, negative.catalog):
+            table.meta |= {"rms_map_not_used": unusable, "noise_model_reason": unusable}
     return _summarised(injections, before.catalog, negative.catalog, seed)
 
 
@@ -561,7 +562,11 @@ def _metadata(
         "match_radius_arcsec": float(_MATCH_FWHM * map.beam.fwhm_arcsec),
         "beam_fwhm_arcsec": float(map.beam.fwhm_arcsec),
         "sigma_thres": float(config.detection.sigma_thres),
-        "noise_model": before.catalog.meta["noise_model"],
+        **{
+            key: before.catalog.meta[key]
+            for key in ("noise_model", "noise_model_reason")
+            if key in before.catalog.meta
+        },
         "rms_jy_beam": rms,
         "point_source_noise_jy": noise * rms,
         "found": "matched one to one, within match_radius_arcsec, with the injected sources and "

@@ -153,11 +153,16 @@ def collected(level: int) -> Iterator[list[logging.LogRecord]]:
 
 @contextmanager
 def told_once() -> Iterator[None]:
-    """Let each warning of the library pass once: of work on many versions of the same map."""
-    told: set[tuple[str, str]] = set()
+    """Let each warning of the library pass once: of work on many versions of the same map.
+
+    Warnings are the same where their texts are, but for the numbers and words that are put in them
+    after the first, which names the map.
+    """
+    told: set[tuple[str, str, str]] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        said = record.name, record.getMessage()
+        map = str(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+        said = record.name, str(record.msg), map
         again = record.levelno >= logging.WARNING and said in told
         told.add(said)
         return not again

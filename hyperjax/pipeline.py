@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from astropy.table import QTable
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from hyperjax.background import mosaic
 from hyperjax.catalog import FLAGS, build_catalog, with_poor_fits
@@ -130,6 +131,7 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
     if not isinstance(map, Map):
         raise TypeError(f"extract() takes a Map, not {type(map).__name__}: use read_map(path)")
     seconds: dict[str, float] = {}
+    has_noise = map.rms is not None
     map, config, unusable = with_usable_noise(map, config)
     given = given_sources(config, map.frame)
     placed = None if given is None else place(given, map)
@@ -169,8 +171,12 @@ def extract(map: Map, config: Config = Config()) -> Extraction:  # noqa: B008
         catalog.meta |= {
             "sigma_thres": config.detection.sigma_thres,
             "fit_reach_pix": float(config.fit_options.window_fwhm * map.beam_fwhm_pix),
-            **_noise_metadata(map, config, measured, unusable, why_white),
+            **_noise_metadata(measured, unusable or why_white),
         }
+        if unusable is not None:
+            catalog.meta["rms_map_not_used"] = unusable
+        elif map.rms is not None:
+            catalog.meta |= _given_noise_metadata(map, None if has_noise else config)
     if config.fit_options.verbose and not config.control.detection_only:
         for line in fit_lines(fits.take(order)):
             logger.info("%s: %s", map.name, line)
@@ -198,6 +204,7 @@ class _Measured:
     `correlation` is that of the residual, as it is told, and `summed` that which errors of sums
     over apertures take. `covariances` takes the row in the catalogue of each source. `peaks_left`
     and `edge_peaks` count the peaks that are left in the residual. See `Extraction` for the images.
+    `noise_over_given` is the noise of the residual in units of what was given.
     """
 
     fits: SourceFits
@@ -213,6 +220,7 @@ class _Measured:
     separate: NDArray[np.float64] | None = None
     peaks_left: int | None = None
     edge_peaks: int | None = None
+    noise_over_given: float | None = None
 
 
 def _is_weighed_by_noise(config: Config) -> bool:
@@ -242,32 +250,33 @@ def _summary(measured: _Measured, catalog: QTable, seconds: dict[str, float]) ->
     )
 
 
-def _noise_metadata(
-    map: Map, config: Config, measured: _Measured, unusable: str | None, why_white: str | None
-) -> dict[str, Any]:
+def _noise_metadata(measured: _Measured, why_white: str | None) -> dict[str, Any]:
     """What the catalogue says of the noise, and of the peaks that are left in it."""
-    given = config.noise
-    out: dict[str, Any] = {}
-    out["noise"] = (
-        "rms_jy_beam is the median noise of a pixel of the map less what is larger than the "
-        "high-pass filter, noise_correlation_fwhm_pix the width of its autocorrelation (0: none), "
-        "both of the residual"
-    )
-    out["rms_jy_beam"] = float(np.nanmedian(measured.rms))
-    out["noise_correlation_fwhm_pix"] = measured.correlation.fwhm_pix
-    out["noise_model"] = measured.noise_model
+    out: dict[str, Any] = {
+        "noise": "rms_jy_beam is the median noise of a pixel of the high-pass filtered residual "
+        "(or as given, where pixels are fitted), noise_correlation_fwhm_pix the width of its "
+        "autocorrelation, 0 where there is none",
+        "rms_jy_beam": float(np.nanmedian(measured.rms)),
+        "noise_correlation_fwhm_pix": measured.correlation.fwhm_pix,
+        "noise_model": measured.noise_model,
+    }
     if why_white is not None:
-        out["noise_model_reason"] = unusable or why_white
-    if unusable is not None:
-        out["rms_map_not_used"] = unusable
-    elif map.rms is not None and given.is_given:
-        out["rms_map"] = str(given.rms_map or map.name)
-        out["rms_map_kind"] = given.rms_kind
-        out["rms_map_factor"] = float(np.nanmedian(measured.rms / map.rms))
+        out["noise_model_reason"] = why_white
+    if measured.noise_over_given is not None:
+        out["rms_map_factor"] = measured.noise_over_given
     if measured.peaks_left is not None:
         out["residual_peaks"] = measured.peaks_left
         out["edge_peaks"] = measured.edge_peaks
     return out
+
+
+def _given_noise_metadata(map: Map, config: Config | None) -> dict[str, str]:
+    """Which image of the noise was used: that of the options, None if the map came with one."""
+    if config is None:
+        return {"rms_map": "came with the map", "rms_map_kind": "rms"}
+    noise = config.noise
+    file = {"rms_map": str(noise.rms_map or map.name), "rms_map_kind": noise.rms_kind}
+    return file if noise.rms_hdu is None else file | {"rms_map_hdu": str(noise.rms_hdu)}
 
 
 def _by_spectrum(
@@ -285,6 +294,7 @@ def _by_spectrum(
         _filter_size(map, config)  # an error where the map is too small for the other way, too
         return None, _warned_of_white(
             map,
+            config,
             f"is too small for the spectrum of its noise ({map.shape[1]} x {map.shape[0]} pixels), "
             f"or its beam too narrow ({map.beam_fwhm_pix:.1f} pixels)",
         )
@@ -296,8 +306,10 @@ def _by_spectrum(
         blank = 100 * (1 - np.mean(field.valid))
         return None, _warned_of_white(
             map,
-            f"has no squares of {segment_side(map.shape)} pixels without blank ones ({blank:.0f} % "
-            "of it are blank: cut it to what is not), or no noise beside its brightest pixel",
+            config,
+            f"has too few squares of {segment_side(map.shape)} pixels that are not blank for the "
+            f"most part ({blank:.0f} % of it are blank: cut it to what is not), or no noise beside "
+            "its brightest pixel",
         )
     fits, noise = sources.fits, sources.noise
     _tell_of_peaks(map, sources.peaks, sources.edge_peaks, config.detection.sigma_thres)
@@ -311,8 +323,11 @@ def _by_spectrum(
         rms = np.where(field.valid, noise.scale * clipped_rms(unit), np.nan)
         fits = fits._replace(background=nearest_values(background, fits.x, fits.y))
         found = _detections(fits, rms, passed(map.data), map, config)
+        factor = None
         if map.rms is not None:
-            _tell_of_given_noise(map, config, rms / map.rms, local_variation(field, unit))
+            use = "of which only the variation over the map is used"
+            factor = _factor_of_given_noise(map, config, rms, use)
+            _tell_of_variation(map, local_variation(field, unit))
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual / rms, fits)
     measured = _Measured(
@@ -327,27 +342,40 @@ def _by_spectrum(
         noise_model="correlated",
         peaks_left=len(sources.peaks.x),
         edge_peaks=len(sources.edge_peaks.x),
+        noise_over_given=factor,
         covariances=functools.partial(block_covariances, sources.blocks),
     )
     return measured, None
 
 
-def _tell_of_given_noise(
-    map: Map, config: Config, ratio: NDArray[np.float64], variation: float
-) -> None:
-    """Warn where the noise of the map is not what is given: in its strength, or how it varies."""
-    factor = float(np.nanmedian(ratio))
-    if config.noise.rms_kind != "weight" and not 1 / _ODD_FACTOR < factor < _ODD_FACTOR:
+def _factor_of_given_noise(
+    map: Map, config: Config, noise: NDArray[np.float64], use: str
+) -> float | None:
+    """How many times what is given the noise is; a warning where that is not near 1.
+
+    None for a weight, which tells only how the noise varies. `use` are words on what is done with
+    it.
+    """
+    if config.noise.rms_kind == "weight":
+        return None
+    factor = float(np.nanmedian(noise / np.asarray(map.rms)))
+    if not 1 / _ODD_FACTOR < factor < _ODD_FACTOR:
         logger.warning(
-            "%s: the noise of the map is %.3g times that of the image given as noise.rms_map, of "
-            "which only the variation over the map is used; check its unit and noise.rms_kind",
+            "%s: the noise of the map is %.3g times that of the given image of the noise, %s; "
+            "check its unit, and what it holds (noise.rms_kind)",
             map.label,
             factor,
+            use,
         )
+    return factor
+
+
+def _tell_of_variation(map: Map, variation: float) -> None:
+    """Warn where the noise of the map varies otherwise than the noise that is given."""
     if variation > _ODD_FACTOR:
         logger.warning(
-            "%s: the noise of the map varies by a factor of %.2g otherwise than that of the image "
-            "given as noise.rms_map; check the image, and noise.rms_kind, or leave them out",
+            "%s: the noise of the map varies by a factor of %.2g otherwise than that of the given "
+            "image of the noise; check what it holds (noise.rms_kind), or leave it out",
             map.label,
             variation,
         )
@@ -393,14 +421,19 @@ def _highest(peaks: Peaks) -> str:
     return f"the highest, of {peaks.snr[i]:.1f} sigma, is at pixel {place}"
 
 
-def _warned_of_white(map: Map, why: str) -> str:
+def _warned_of_white(map: Map, config: Config, why: str) -> str:
     """Say that the spectrum of a map's noise cannot be had, and why."""
+    threshold = (
+        "the noise as given"
+        if _noise_is_known(map, config)
+        else "the scatter of the whole filtered map, which bright sources raise"
+    )
     logger.warning(
         "%s: the map %s; sources are fitted as if the noise of its pixels were independent (as "
-        "with noise.model: white), and the threshold is in units of the scatter of the whole "
-        "filtered map, which bright sources raise",
+        "with noise.model: white), and the threshold is in units of %s",
         map.label,
         why,
+        threshold,
     )
     return f"the map {why}"
 
@@ -446,6 +479,11 @@ def _by_pixels(
             if modelled.separate is not None:
                 separate = mosaic(modelled.placed, modelled.separate, fits, smooth)
         residual = map.data - background - model
+        factor = None
+        if map.rms is not None:
+            strength = map.rms * clipped_rms(residual / map.rms)
+            use = "which threshold, weights and errors are taken from"
+            factor = _factor_of_given_noise(map, config, strength, use)
     with timed(seconds, "errors", map.name):
         correlation = _correlation(map, residual / _variation(map), fits)
         if modelled is not None:
@@ -461,6 +499,7 @@ def _by_pixels(
         correlation=correlation,
         summed=correlation,
         noise_model="white",
+        noise_over_given=factor,
         covariances=lambda rows: modelled and group_covariances(modelled, rows),
         separate=separate,
     )
@@ -525,9 +564,10 @@ def _correlation(map: Map, noise: NDArray[np.float64], fits: SourceFits) -> Corr
     And away from what stands out of it: what is left of sources that were not fitted, or poorly.
     """
     radius = _SOURCE_FWHM * map.beam_fwhm_pix
-    y, x = np.nonzero(np.abs(noise) > _OUTLIER * clipped_rms(noise))
-    x, y = np.concatenate([[fits.x, fits.y], [x, y]], axis=1)
-    covered = near_sources(map.shape, x, y, radius)
+    covered = near_sources(map.shape, fits.x, fits.y, radius)
+    outlying = np.abs(noise) > _OUTLIER * clipped_rms(noise)
+    if outlying.any():
+        covered |= ndimage.distance_transform_edt(~outlying) <= radius
     reach = math.ceil(_REACH_FWHM * map.beam_fwhm_pix)
     return measure_correlation(np.where(covered, np.nan, noise), reach)
 

@@ -134,6 +134,7 @@ def find_sources(field: Field) -> Found | None:
         elif number and changes == 0:
             stale = change > _MOST_MOVED
             stale |= _beside(field, swept, _moving(change) | ~keep)
+            stale |= not keep.all()  # what is gone leaves something to all others
             seen = seen.take(np.flatnonzero(keep))
             return _settled(field, noise, swept.take(keep), stale[keep], options, seen, left)
     everything = np.ones(len(fits.x), bool)
@@ -375,7 +376,7 @@ def find_peaks(
     y, x = y[inside], x[inside]
     order = np.argsort(-snr[y, x], kind="stable")
     y, x = y[order], x[order]
-    height, wide = snr[y, x], np.pad(snr, 1, mode="edge")
+    height, wide = snr[y, x], np.pad(snr, 1, constant_values=_BLANK)
     return Peaks(
         x + _vertex(wide[y + 1, x], height, wide[y + 1, x + 2]),
         y + _vertex(wide[y, x + 1], height, wide[y + 2, x + 1]),
@@ -399,11 +400,14 @@ def _without_faint(field: Field, peaks: Peaks) -> Peaks:
 def _vertex(
     before: NDArray[np.float64], at: NDArray[np.float64], after: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Where the parabola through three equidistant values has its top, from the middle one."""
+    """Where the parabola through three equidistant values has its top, from the middle one.
+
+    That is in the middle if one of the others is blank.
+    """
     bend = before - 2 * at + after
-    return np.clip(
-        np.divide(before - after, 2 * bend, out=np.zeros_like(at), where=bend < 0), -0.5, 0.5
-    )
+    known = (bend < 0) & (np.minimum(before, after) > _BLANK)
+    shift = np.divide(before - after, 2 * bend, out=np.zeros_like(at), where=known)
+    return np.clip(shift, -0.5, 0.5)
 
 
 def _isolated(

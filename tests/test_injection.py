@@ -26,6 +26,7 @@ from hyperjax.config_io import with_overrides
 from hyperjax.errors import ConfigError, MapTooSmallError
 from hyperjax.injection import Completeness, Curve, completeness
 from hyperjax.injection_products import completeness_figure, write_completeness
+from hyperjax.logs import told_once
 from hyperjax.maps import Map, read_map
 from hyperjax.simulation import Simulation, SkySources, simulate, write_simulation
 
@@ -346,6 +347,16 @@ def test_warnings_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert said
     assert len(said) == len(set(said))
+
+
+def test_warnings_that_differ_in_numbers_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("hyperjax.pipeline")
+    with told_once():
+        for value in (1.0, 2.0):
+            logger.warning("%s: %.1f too many", "one", value)
+            logger.warning("%s: %.1f too few", "one", value)
+            logger.warning("%s: %.1f too many", "other", value)
+    assert len(caplog.records) == 3
 
 
 def test_noise_of_no_use_is_not_used_here_either(sky: Map, tmp_path: Path) -> None:

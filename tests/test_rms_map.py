@@ -113,23 +113,31 @@ def test_the_catalogue_says_which_noise_was_given(sky: Sky) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "model", "words"),
     [
-        (1000 * NOISE, "times that of the image"),
-        (NOISE[:, ::-1], "varies by a factor of"),
-        (np.full(SHAPE, 2e-3), "varies by a factor of"),
+        (1000 * NOISE, "auto", "only the variation"),
+        (1000 * NOISE, "white", "threshold, weights and errors"),
+        (NOISE[:, ::-1], "auto", "varies by a factor of"),
+        (np.full(SHAPE, 2e-3), "auto", "varies by a factor of"),
     ],
 )
 def test_noise_that_the_map_does_not_have_is_told(
-    sky: Sky, given: NDArray, words: str, caplog: pytest.LogCaptureFixture
+    sky: Sky, given: NDArray, model: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(sky.folder / "other.fits", given, sky.simulated.header)
-    extract(sky.image, with_noise(path, "auto"))
-    (said,) = [one for one in (r.getMessage() for r in caplog.records) if "image given as" in one]
+    meta = extract(sky.image, with_noise(path, model)).catalog.meta
+    (said,) = [one for one in (r.getMessage() for r in caplog.records) if "given image of" in one]
     assert words in said
+    if "varies" not in words:
+        assert_allclose(meta["rms_map_factor"], 1e-3, rtol=0.2)
     caplog.clear()
-    extract(sky.image, with_noise(sky.folder / "rms.fits", "auto"))
-    assert not [r for r in caplog.records if "image given as" in r.getMessage()]
+    extract(sky.image, with_noise(sky.folder / "rms.fits", model))
+    assert not [r for r in caplog.records if "given image of" in r.getMessage()]
+
+
+def test_noise_that_comes_with_the_map_is_told(sky: Sky) -> None:
+    meta = extract(replace(sky.image, rms=NOISE)).catalog.meta
+    assert (meta["rms_map"], meta["rms_map_kind"]) == ("came with the map", "rms")
 
 
 def test_what_the_image_holds_is_told_on_the_command_line(sky: Sky) -> None:
