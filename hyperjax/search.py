@@ -155,9 +155,10 @@ def _settled(
     Those are fitted that are `stale` (n,), since they or what is beside them have moved, that blank
     pixels cut into, or whose block is another one now. At the end all are fitted once more if one
     is gone, or is far from where it was `seen` when all were fitted last. What still moves after
-    `_SWEEPS` times has not converged. What the sources leave of the map as they are may be given.
+    `_SWEEPS` times, or goes to and fro, has not converged. What the sources leave of the map as
+    they are may be given.
     """
-    sweeps, gone = 0, False
+    sweeps, gone, earlier = 0, False, None
     while True:
         before = filled_in(field, noise, swept.fits)
         filled = _moving(_change(swept.fits, before))
@@ -170,13 +171,16 @@ def _settled(
         stale = moving | _beside(field, swept, moving | ~keep)
         if not keep.all():
             swept, stale, left = swept.take(keep), stale[keep], None
-            seen, gone = seen.take(np.flatnonzero(keep)), True
+            seen, gone, earlier = seen.take(np.flatnonzero(keep)), True, None
             continue
         sweeps += 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
-        if not moving.any() and (gone or np.any(_change(seen, swept.fits) > _FAR_MOVED)):
-            stale, seen, gone = np.ones(len(stale), bool), swept.fits, False
-        if not stale.any() or sweeps == _SWEEPS:
+        back = earlier is not None and not _moving(_change(earlier, swept.fits)).any()
+        earlier, ended = before, back or not moving.any()
+        if ended and (gone or np.any(_change(seen, swept.fits) > _FAR_MOVED)):
+            ended, stale = False, np.ones(len(stale), bool)
+            seen, gone, earlier = swept.fits, False, None
+        if ended or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
             return _found(field, noise, swept, left)
 

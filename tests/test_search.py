@@ -271,6 +271,29 @@ def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.Monk
     assert (stopped.fits.status == 0).all()
 
 
+def test_a_source_that_goes_to_and_fro_has_not_converged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map, _ = made(tmp_path, n_sources=12, min_separation_beams=5.0, snr_range=(30, 60))
+    (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
+    field = Field(map.data, (xx, xy, yy), 41, config_from_dict({}))
+    found = search.find_sources(field)
+    assert found is not None
+    fits, calls = found.fits, []
+    one = np.arange(len(fits.x)) == 3
+    step = np.where(one, np.sqrt(fits.covariance[:, 0, 0]), 0.0)
+
+    def to_and_fro(field: Field, noise: Noise, swept: Swept, *_: Any) -> Swept:
+        calls.append(1)
+        peak = fits.peak + step * (len(calls) % 2)
+        return swept._replace(fits=swept.fits._replace(peak=peak, status=fits.status.copy()))
+
+    monkeypatch.setattr(search, "sweep_again", to_and_fro)
+    settled = search._settled(field, found.noise, Swept(fits, []), one, FitOptions(), fits)
+    assert len(calls) < 5
+    assert list(settled.fits.status == 0) == list(one)
+
+
 def test_what_is_beside_a_source_that_goes_far_is_fitted_again(tmp_path: Path) -> None:
     """Two that do not overlap: one fitted while the other was five errors off."""
     places, shapes = ((60.0, 64.0), (72.0, 64.0)), ((4.6, 4.4, 0.0),) * 2
