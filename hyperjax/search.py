@@ -64,7 +64,7 @@ _WARY_NOISES = 7  # of these, at most, first, without directions
 _MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
 _UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
 _DRIFTING = 0.02  # the same where most sources move by more: together they may go far
-_FAR_MOVED = 2.0  # errors: what moves further may move others, over the box of the filter
+_FAR_MOVED = 2.0  # errors: what moves further may move what is about it
 _SWEEPS = 60  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
 _RINGS = 2.5  # of the reach of a poor fit: where whitening makes rings of what it leaves
@@ -134,7 +134,7 @@ def find_sources(field: Field) -> Found | None:
         elif number and changes == 0:
             stale = change > _MOST_MOVED
             stale |= _beside(field, swept, _moving(change) | ~keep)
-            stale |= not keep.all()  # what is gone leaves something to all others
+            stale |= _about(field, swept.fits, ~keep)
             seen = seen.take(np.flatnonzero(keep))
             return _settled(field, noise, swept.take(keep), stale[keep], options, seen, left)
     everything = np.ones(len(fits.x), bool)
@@ -153,12 +153,12 @@ def _settled(
     """Fit sources until none moves, without those that turn out to be none.
 
     Those are fitted that are `stale` (n,), since they or what is beside them have moved, that blank
-    pixels cut into, or whose block is another one now. At the end all are fitted once more if one
-    is gone, or is far from where it was `seen` when all were fitted last. What still moves after
-    `_SWEEPS` times, or goes to and fro, has not converged. What the sources leave of the map as
-    they are may be given.
+    pixels cut into, or whose block is another one now. At the end those are fitted once more that
+    are about one that is gone, or is far from where it was `seen` when they were fitted last. What
+    still moves after `_SWEEPS` times, or goes to and fro, has not converged. What the sources leave
+    of the map as they are may be given.
     """
-    sweeps, gone, earlier = 0, False, None
+    sweeps, about_gone, earlier = 0, np.zeros(len(stale), bool), None
     while True:
         before = filled_in(field, noise, swept.fits)
         filled = _moving(_change(swept.fits, before))
@@ -171,15 +171,18 @@ def _settled(
         stale = moving | _beside(field, swept, moving | ~keep)
         if not keep.all():
             swept, stale, left = swept.take(keep), stale[keep], None
-            seen, gone, earlier = seen.take(np.flatnonzero(keep)), True, None
+            about_gone = (about_gone | _about(field, again.fits, ~keep))[keep]
+            seen, earlier = seen.take(np.flatnonzero(keep)), None
             continue
         sweeps += 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
         back = earlier is not None and not _moving(_change(earlier, swept.fits)).any()
         earlier, ended = before, back or not moving.any()
-        if ended and (gone or np.any(_change(seen, swept.fits) > _FAR_MOVED)):
-            ended, stale = False, np.ones(len(stale), bool)
-            seen, gone, earlier = swept.fits, False, None
+        if ended:
+            is_far = _change(seen, swept.fits) > _FAR_MOVED
+            again_too = about_gone | _about(field, swept.fits, is_far)
+            ended, stale = not again_too.any(), again_too | moving
+            about_gone, seen, earlier = np.zeros(len(stale), bool), swept.fits, None
         if ended or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
             return _found(field, noise, swept, left)
@@ -191,9 +194,23 @@ def _beside(field: Field, swept: Swept, changed: NDArray[np.bool_]) -> NDArray[n
     for index, (members, _) in enumerate(swept.blocks):
         block[members] = index
     pairs = overlapping(field, swept.fits)
-    pairs = pairs[block[pairs[:, 0]] != block[pairs[:, 1]]]
-    out = np.zeros(len(changed), bool)
-    out[pairs[changed[pairs[:, ::-1]]]] = True
+    return _paired(pairs[block[pairs[:, 0]] != block[pairs[:, 1]]], changed)
+
+
+def _about(field: Field, fits: SourceFits, changed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether a source (n,) is about one that has changed, closer than the filter's box is wide.
+
+    So far that has a part in the residual in its window.
+    """
+    if not changed.any():
+        return changed
+    return _paired(pairs_closer(fits.x, fits.y, field.box / 2), changed) | changed
+
+
+def _paired(pairs: NDArray[np.int_], some: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether something (n,) is paired (k, 2) with one of some (n,)."""
+    out = np.zeros(len(some), bool)
+    out[pairs[some[pairs[:, ::-1]]]] = True
     return out
 
 
