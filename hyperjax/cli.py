@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,15 +67,6 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks of errors, and log every detail.")
 ]
 
-
-class RmsKinds(StrEnum):
-    """What an image of the noise holds (`noise.rms_kind`)."""
-
-    RMS = "rms"
-    VARIANCE = "variance"
-    WEIGHT = "weight"
-
-
 Unit = Annotated[
     str | None,
     typer.Option(
@@ -103,12 +93,11 @@ RmsHdu = Annotated[
     ),
 ]
 RmsKind = Annotated[
-    RmsKinds | None,
+    str | None,
     typer.Option(
         metavar="KIND",
         help="What the image of the noise holds: rms, variance, or weight (the inverse variance "
         "is proportional to it: exposure, coverage). Default: rms.",
-        case_sensitive=False,
     ),
 ]
 
@@ -328,7 +317,7 @@ def run(
         "files.hdu": hdu,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "noise.rms_hdu": rms_hdu,
-        "noise.rms_kind": rms_kind.value if rms_kind else None,
+        "noise.rms_kind": rms_kind,
         "detection.fixed_source_table_path": str(sources.absolute()) if sources else None,
         "detection.use_fixed_source_table": True if sources else None,
         "detection.fixed_peaks": True if sources else None,
@@ -655,7 +644,7 @@ def completeness(
         "survey.beam_fwhm_arcsec": beam,
         "noise.rms_map": str(rms_map.absolute()) if rms_map else None,
         "noise.rms_hdu": rms_hdu,
-        "noise.rms_kind": rms_kind.value if rms_kind else None,
+        "noise.rms_kind": rms_kind,
     }
     with _errors_in_one_line(debug):
         from rich.console import Console
