@@ -162,14 +162,24 @@ def windows(
 
     No window is smaller than `least` pixels; blocks are padded to one of the `kinds` of slots.
     """
-    low = np.array([[x[m].min(), y[m].min()] for m in members]).reshape(-1, 2)
-    high = np.array([[x[m].max(), y[m].max()] for m in members]).reshape(-1, 2)
+    low, high = _corners(members, np.column_stack([x, y]))
     needed = np.ceil(np.max(high - low, axis=1) + 2 * margin + 1).astype(int)
     needed = np.maximum(needed, least)
     side = _enlarged(needed)
     side, slots = _without_rare_kinds(side, _slots(members, kinds))
     corner = np.rint((low + high) / 2 - (side[:, None] - 1) / 2).astype(int)
     return Windows(members, corner[:, 0], corner[:, 1], side, slots, margin)
+
+
+def _corners(
+    members: list[NDArray[np.int_]], places: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Lower and upper corners (block, 2) of the places (n, 2) of each block's members."""
+    if not members:
+        return np.zeros((0, 2)), np.zeros((0, 2))
+    count = np.array([len(own) for own in members])
+    first, own = np.cumsum(count) - count, places[np.concatenate(members)]
+    return np.minimum.reduceat(own, first), np.maximum.reduceat(own, first)
 
 
 def buckets(

@@ -43,6 +43,7 @@ from hyperjax.whitened import (
     fit_new,
     is_cut,
     overlapping,
+    refiltered,
     significance,
     sweep,
     sweep_again,
@@ -163,9 +164,12 @@ def _settled(
         before = filled_in(field, noise, swept.fits)
         filled = _moving(_change(swept.fits, before))
         stale = stale | is_cut(field, before) | _beside(field, swept, filled)
-        left = left if before is swept.fits else None
+        if left is None:
+            left = filtered(field, before)
+        else:
+            left = refiltered(field, left, swept.fits, before)
         again = sweep_again(field, noise, swept._replace(fits=before), stale, options, left)
-        left = left if again.fits is before else None
+        left = refiltered(field, left, before, again.fits)
         swept, moving = again, _moving(_change(before, again.fits))
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
         stale = moving | _beside(field, swept, moving | ~keep)

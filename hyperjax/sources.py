@@ -87,6 +87,10 @@ class SourceFits(NamedTuple):
         """Some of the sources."""
         return SourceFits(**{name: column[index] for name, column in self._asdict().items()})
 
+    def copy(self) -> "SourceFits":
+        """The same in arrays of their own."""
+        return SourceFits(*(column.copy() for column in self))
+
     def in_groups(self, group: NDArray[np.int_]) -> "SourceFits":
         """The sources with the labels of their groups, from 0, and the groups' sizes."""
         size = np.bincount(group)[group] if len(group) else group

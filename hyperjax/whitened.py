@@ -298,6 +298,20 @@ def filtered(field: Field, fits: SourceFits | None) -> NDArray[np.float64]:
     return np.nan_to_num(field.high_pass(left)) * field.taper
 
 
+def refiltered(
+    field: Field, left: NDArray[np.float64], before: SourceFits, after: SourceFits
+) -> NDArray[np.float64]:
+    """`filtered` with the sources as they are after, from what they left as they were before."""
+    changed = np.flatnonzero(np.not_equal(before[:6], after[:6]).any(axis=0))
+    if not len(changed):
+        return left
+    if 2 * len(changed) > len(after.x):
+        return filtered(field, after)
+    shape = field.data.shape
+    more = render_sources(shape, before.take(changed)) - render_sources(shape, after.take(changed))
+    return left + np.nan_to_num(field.high_pass(more)) * field.taper
+
+
 def waves_of(noise: Noise, left: NDArray[np.float64]) -> Waves:
     """What is left of the filtered map, in units of the noise, as its transform."""
     return Waves.of(left / noise.scale)
@@ -583,15 +597,29 @@ def sweep(
     Or only the blocks that have one of some sources, where these are named. What the sources leave
     of the map as they are (`filtered`) may be given.
     """
-    fits, fitted = fits.take(np.arange(len(fits.x))), []  # a copy, which changes turn by turn
-    group, placed, turn = lay_out(field, fits)
-    wanted = np.array([among is None or among[members].any() for members in placed.members], bool)
+    among = np.ones(len(fits.x), bool) if among is None else among
+    return _swept(field, noise, fits, lay_out(field, fits), among, options, left)
+
+
+def _swept(
+    field: Field,
+    noise: Noise,
+    fits: SourceFits,
+    layout: Layout,
+    among: NDArray[np.bool_],
+    options: FitOptions,
+    left: NDArray[np.float64] | None,
+) -> Swept:
+    """`sweep` of sources that are laid out."""
+    group, placed, turn = layout
+    fits, fitted, drawn = fits.copy(), [], fits  # the copy changes turn by turn
+    wanted = np.array([among[members].any() for members in placed.members], bool)
     for now in np.unique(turn[wanted]):
-        left = filtered(field, fits) if left is None else left
+        left = filtered(field, fits) if left is None else refiltered(field, left, drawn, fits)
+        drawn = fits.copy()
         white = whitened(field, noise, waves_of(noise, left))
         some = buckets(placed, wanted & (turn == now)).values()
         fitted += _fit_blocks(field, noise, white, fits, fits, placed, some, options)
-        left = None
     return Swept(fits.in_groups(group), fitted)
 
 
@@ -607,20 +635,21 @@ def sweep_again(
 
     The others are as they were. For `left` see `sweep`.
     """
-    members, among = lay_out(field, swept.fits).placed.members, among.copy()
+    layout, among = lay_out(field, swept.fits), among.copy()
+    members = layout.placed.members
     known = {own.tobytes(): (own, matrix) for own, matrix in swept.blocks}
     for own in members:
         among[own] |= own.tobytes() not in known
     if not among.any():
         return swept
-    again = sweep(field, noise, swept.fits, options, left, among)
+    again = _swept(field, noise, swept.fits, layout, among, options, left)
     known |= {own.tobytes(): (own, matrix) for own, matrix in again.blocks}
     return again._replace(blocks=[known[own.tobytes()] for own in members])
 
 
 def fit_new(field: Field, noise: Noise, white: NDArray[np.float64], new: SourceFits) -> SourceFits:
     """Fit sources to a residual in which they still are, all others as they are."""
-    new = new.take(np.arange(len(new.x)))
+    new = new.copy()
     group, placed, _ = lay_out(field, new)
     absent = new._replace(peak=0 * new.peak)
     _fit_blocks(field, noise, white, absent, new, placed, buckets(placed).values(), ROUGH)
