@@ -159,7 +159,7 @@ def _settled(
     still moves after `_SWEEPS` times, or goes to and fro, has not converged. What the sources leave
     of the map as they are may be given.
     """
-    sweeps, about_gone, earlier = 0, np.zeros(len(stale), bool), None
+    sweeps, earlier, seen_at = 0, None, _places(seen)
     while True:
         before = filled_in(field, noise, swept.fits)
         filled = _moving(_change(swept.fits, before))
@@ -172,21 +172,18 @@ def _settled(
         left = refiltered(field, left, before, again.fits)
         swept, moving = again, _moving(_change(before, again.fits))
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
-        stale = moving | _beside(field, swept, moving | ~keep)
+        far = _change_from(seen_at, swept.fits) > _FAR_MOVED
+        seen_at[:, far] = _places(swept.fits)[:, far]
+        about = _about(field, swept.fits, far | ~keep)
+        stale = moving | _beside(field, swept, moving | ~keep) | about
         if not keep.all():
             swept, stale, left = swept.take(keep), stale[keep], None
-            about_gone = (about_gone | _about(field, again.fits, ~keep))[keep]
-            seen, earlier = seen.take(np.flatnonzero(keep)), None
+            seen_at, earlier = seen_at[:, keep], None
             continue
         sweeps += 1
         logger.debug("final fit %d: %d sources moved", sweeps, moving.sum())
         back = earlier is not None and not _moving(_change(earlier, swept.fits)).any()
-        earlier, ended = before, back or not moving.any()
-        if ended:
-            is_far = _change(seen, swept.fits) > _FAR_MOVED
-            again_too = about_gone | _about(field, swept.fits, is_far)
-            ended, stale = not again_too.any(), again_too | moving
-            about_gone, seen, earlier = np.zeros(len(stale), bool), swept.fits, None
+        earlier, ended = before, not stale.any() or (back and not about.any())
         if ended or sweeps == _SWEEPS:
             swept.fits.status[moving] = 0
             return _found(field, noise, swept, left)
@@ -260,10 +257,20 @@ def _are_in_noise(before: SourceFits, after: SourceFits) -> bool:
 
 def _change(before: SourceFits, after: SourceFits) -> NDArray[np.float64]:
     """How far a source (n,) has moved: the peak, the position or a size, in units of its error."""
-    error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :5])
-    change = np.abs(np.column_stack(after[:5]) - np.column_stack(before[:5]))
+    return _change_from(_places(before), after)
+
+
+def _change_from(places: NDArray[np.float64], after: SourceFits) -> NDArray[np.float64]:
+    """`_change` from `_places`."""
+    error = np.sqrt(np.diagonal(after.covariance, axis1=1, axis2=2)[:, :5].T)
+    change = np.abs(_places(after) - places)
     known = error > 0
-    return np.asarray(np.divide(change, error, out=np.zeros_like(change), where=known).max(axis=1))
+    return np.asarray(np.divide(change, error, out=np.zeros_like(change), where=known).max(axis=0))
+
+
+def _places(fits: SourceFits) -> NDArray[np.float64]:
+    """Peaks, positions and sizes (5, n) of sources."""
+    return np.array(fits[:5])
 
 
 def _moving(change: NDArray[np.float64]) -> NDArray[np.bool_]:
