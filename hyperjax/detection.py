@@ -159,13 +159,15 @@ class HighPass:
     """`high_pass` for images with the same `valid` pixels."""
 
     def __init__(self, valid: NDArray[np.bool_], size: int) -> None:
-        self.valid = valid
         self.size = size
         there = valid.astype(float)
-        self._share = self._box(there)
+        self._there = True if valid.all() else valid  # numpy is slow with masks
+        share = self._box(there)
+        self._per_share = np.divide(1, share, out=np.full(valid.shape, np.nan), where=valid)
         y, x = self._axes = [np.linspace(-1, 1, length) for length in valid.shape]
         columns, rows = there.sum(0), there.sum(1)
-        one, sum_x, sum_y = columns.sum(), columns @ x, rows @ y
+        self._count = one = columns.sum()
+        sum_x, sum_y = columns @ x, rows @ y
         products = [
             [one, sum_x, sum_y],
             [sum_x, columns @ x**2, y @ there @ x],
@@ -176,15 +178,13 @@ class HighPass:
     def __call__(self, data: NDArray[np.float64]) -> NDArray[np.float64]:
         """The filtered image, NaN where it is not valid."""
         y, x = self._axes
-        middle = np.mean(data, where=self.valid)
-        some = np.where(self.valid, data - middle, 0.0)
+        some = np.where(self._there, data, 0.0)
+        np.subtract(some, some.sum() / self._count, out=some, where=self._there)
         columns, rows = some.sum(0), some.sum(1)
         constant, along_x, along_y = self._inverse @ [columns.sum(), columns @ x, rows @ y]
         plane = constant + along_x * x + along_y * y[:, None]
-        flat = np.subtract(some, plane, out=some, where=self.valid)
-        total = self._box(flat)
-        mean = np.divide(total, self._share, out=np.zeros_like(total), where=self.valid)
-        return np.where(self.valid, flat - mean, np.nan)
+        flat = np.subtract(some, plane, out=some, where=self._there)
+        return np.asarray(flat - self._box(flat) * self._per_share)
 
     def _box(self, image: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(ndimage.uniform_filter(image, self.size, mode="constant"))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.spatial import KDTree
 
 from hyperjax.catalog import POOR_CHI2
@@ -403,12 +402,14 @@ def find_peaks(
         least_depth = max(field.config.photometry.aper_inf * field.fwhm_pix, 1.0)
     snr, error = waves.matched(noise.spectrum, field.beam)
     snr = np.where(field.valid, snr, _BLANK)
-    y, x = np.nonzero((snr == ndimage.maximum_filter(snr, size=3)) & (snr > threshold))
-    inside = field.depth[y, x] > least_depth
-    y, x = y[inside], x[inside]
+    wide = np.pad(snr, 1, constant_values=_BLANK)
+    y, x = np.nonzero((snr > threshold) & (field.depth > least_depth))
+    around = [wide[y + row, x + column] for row in range(3) for column in range(3)]
+    is_top = snr[y, x] == np.max(around, axis=0)
+    y, x = y[is_top], x[is_top]
     order = np.argsort(-snr[y, x], kind="stable")
     y, x = y[order], x[order]
-    height, wide = snr[y, x], np.pad(snr, 1, constant_values=_BLANK)
+    height = snr[y, x]
     return Peaks(
         x + _vertex(wide[y + 1, x], height, wide[y + 1, x + 2]),
         y + _vertex(wide[y, x + 1], height, wide[y + 2, x + 1]),

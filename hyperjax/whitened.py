@@ -427,9 +427,11 @@ def window_data(
     )
     own = members_of(placed, which)
     start = in_windows(fits, noise, placed, which)
-    for first in range(0, len(own.row), _CHUNK):
-        some = slice(first, first + _CHUNK)
-        np.add.at(data, own.row[some], _source_modes(start[some], side) * weight)
+    for slot in range(int(placed.slots[which].max())):
+        of_slot = np.flatnonzero(own.slot == slot)
+        for first in range(0, len(of_slot), _CHUNK):
+            some = of_slot[first : first + _CHUNK]
+            data[own.row[some]] += _source_modes(start[some], side) * weight
     return data, np.broadcast_to(weight, (len(which), len(weight)))
 
 
