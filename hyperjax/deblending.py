@@ -38,8 +38,11 @@ from hyperjax.whitened import (
 NEAR_FWHM = 2.0
 """Peaks of the residual that are closer to a source belong to its neighbourhood."""
 
-LEAST_SNR_SQUARED = 5.0
-"""A source whose total flux is less significant is none."""
+LEAST_OF_MEMBERS = 1.0
+"""A source that was compared with alternatives is none if its total flux is less, over its error.
+
+That a blend is two is certain before it is known how much each of them has.
+"""
 
 ON_BOUND = 0.999
 """Share of the largest size from which a source is as large as it may be."""
@@ -49,7 +52,8 @@ MISMATCH = 0.02
 
 _PARAMETERS = 6
 _BEAMS = (2 * SURROUNDINGS_FWHM) ** 2 * 4 * math.log(2) / math.pi  # where a source is looked at
-_EXTENDED_MISMATCH = 0.1  # the same of an extended source, beside its radial profile
+_OTHER_MISMATCH = 0.1  # the same of an extended source whose radial profile is another one
+_OF_PROFILE = 0.5  # of a gain in chi^2, from which it may be that profile's
 _PROFILE_FWHM = 1.0  # of an extended source: what its profile leaves is closer than that
 _EXTENDED = 1.35  # least minor axis of such a source, of the beam: blends of two are narrower
 _LEAST_SPLIT = 50.0  # square of the S/N of a source that may be two
@@ -206,20 +210,23 @@ def _worth(
         strength = strength[stays]
     elif more < 0:  # one in the place of all
         strength = np.sqrt([max(np.sum(before.data**2) - 2 * before.cost, 0.0)])
-    changed = np.vstack([present[~stays], option.sources[~same.any(axis=0)]])[:, 1:3]
+    changed = np.vstack([present[~stays], after.sources[~same.any(axis=0)]])[:, 1:3]
     away = np.linalg.norm(fewer.sources[:, None, 1:3] - changed, axis=2).min(axis=1)
     size = FWHM_PER_SIGMA * fewer.sources[:, 3]
     near = away <= size + field.fwhm_pix
     extended = near & (fewer.sources[:, 4] > _EXTENDED * field.sigma_pix)
     extended &= away <= _PROFILE_FWHM * size
-    share = np.where(extended, _EXTENDED_MISMATCH, MISMATCH)
     worth = abs(more) * worth_of_one(field.config.detection.sigma_thres)
-    worth += float(np.sum((share * strength)[near] ** 2))
-    if extended.any() and (more < 0 or 2 * (before.cost - after.cost) > worth):
-        worth += explained_by_profiles(
-            fewer.data, fewer.weight, side, fewer.sources, np.flatnonzero(extended)
-        )
-    return worth
+    worth += float(np.sum((MISMATCH * strength[near]) ** 2))
+    gain = 2 * (before.cost - after.cost)
+    if not extended.any() or (more > 0 and gain <= worth):
+        return worth
+    of_profile = explained_by_profiles(
+        fewer.data, fewer.weight, side, fewer.sources, np.flatnonzero(extended)
+    )
+    if of_profile > _OF_PROFILE * abs(gain):
+        worth += float(np.sum((_OTHER_MISMATCH * strength[extended]) ** 2))
+    return worth + of_profile
 
 
 def _alternatives(
@@ -352,7 +359,7 @@ def _are_sources(field: Field, result: FitResult, row: NDArray[np.int_]) -> NDAr
     covariance = result.covariance[row[:, None, None], own[:, :, None], own[:, None]]
     sources = SourceFits.guess(result.params[row, slot])._replace(covariance=covariance)
     flux, error = model_flux(sources)
-    significant = (error > 0) & (flux**2 > LEAST_SNR_SQUARED * error**2)
+    significant = (error > 0) & (flux > LEAST_OF_MEMBERS * error)
     sound = significant & (sources.sigma_major < ON_BOUND * field.largest_pix)
     missing = np.bincount(row, ~sound, len(result.cost))
     return np.asarray((missing == 0) & (result.status == CONVERGED))

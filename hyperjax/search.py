@@ -17,7 +17,7 @@ from scipy.spatial import KDTree
 
 from hyperjax.catalog import POOR_CHI2
 from hyperjax.deblending import (
-    LEAST_SNR_SQUARED,
+    LEAST_OF_MEMBERS,
     MISMATCH,
     NEAR_FWHM,
     ON_BOUND,
@@ -68,6 +68,7 @@ _FAR_MOVED = 2.0  # errors: what moves further may move what is about it
 _SWEEPS = 60  # of the last fits at most, until nothing moves
 _ROUNDS = 2  # of changes in the same noise
 _RINGS = 2.5  # of the reach of a poor fit: where whitening makes rings of what it leaves
+_LEAST_RATIO = math.sqrt(5.0)  # of the total flux of a source and its error
 _BLANK = -1e9  # of the matched filter, in blank pixels
 _EDGE_FWHM = 2.0  # of the beam: what is closer to an edge may be its work
 _RING_FWHM = 3.0  # of the beam, round a bright source: where rings may be at first
@@ -343,8 +344,9 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
     of sources that are there without a doubt. (Not at an edge, beyond which noise is continued by
     its mirror image: where it has directions it is another one there.) Sources near others were
-    compared with what is there without them. Where a fit leaves more than noise, errors count as
-    larger by that. No source has a total flux below sqrt(5) times its error.
+    compared with what is there without them, and are sources if their total flux is above its
+    error; of others it is above sqrt(5) times its error. Where a fit leaves more than noise,
+    errors count as larger by that.
     """
     ratio = _flux_ratio(fits)
     poor = fits.chi2_red > POOR_CHI2
@@ -355,7 +357,7 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     inside = nearest_values(field.depth, fits.x, fits.y) > size
     worth = worth_of_one(threshold) * excess
     reached = (ratio**2 >= least) | inside & (significance(fits) ** 2 >= worth)
-    return np.asarray(reached & (ratio > math.sqrt(LEAST_SNR_SQUARED)))
+    return np.asarray(reached & (ratio > np.where(compared, LEAST_OF_MEMBERS, _LEAST_RATIO)))
 
 
 def _first_of_groups(
