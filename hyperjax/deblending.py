@@ -24,7 +24,6 @@ from hyperjax.sources import SourceFits, nearest_values
 from hyperjax.whitened import (
     ROUGH,
     SLOTS,
-    SURROUNDINGS_FWHM,
     Field,
     Noise,
     fit_windows,
@@ -51,7 +50,7 @@ MISMATCH = 0.02
 """What of a source is no Gaussian, as a share of it."""
 
 _PARAMETERS = 6
-_BEAMS = (2 * SURROUNDINGS_FWHM) ** 2 * 4 * math.log(2) / math.pi  # where a source is looked at
+_BEAMS = 4 * math.log(2) * NEAR_FWHM**2  # in the circle that a source's neighbours are in
 _OTHER_MISMATCH = 0.1  # the same of an extended source whose radial profile is another one
 _OF_PROFILE = 0.5  # of a gain in chi^2, from which it may be that profile's
 _PROFILE_FWHM = 1.0  # of an extended source: what its profile leaves is closer than that
@@ -183,7 +182,7 @@ def worth_of_one(threshold: float) -> float:
     """Chi^2 that a source must gain: that of a detection, and the price of its parameters.
 
     That is the Bayesian information criterion (Schwarz 1978, Ann. Stat. 6, 461) of six parameters
-    for as many measurements as there are beams where the source is looked at.
+    for as many measurements as there are beams in the circle that its neighbours are in.
     """
     return threshold**2 + _PARAMETERS * math.log(_BEAMS)
 

@@ -56,11 +56,9 @@ ROUGH = FitOptions(ftol=2e-4, max_steps=15)
 SLOTS = (1, 2, 4, 8, 16)
 """Numbers of sources that blocks are padded to."""
 
-SURROUNDINGS_FWHM = 3.0
-"""Margin of the windows in which sources are tried with their neighbours."""
-
 _LINK_FWHM = 2.0  # sources that are closer are fitted jointly; 1.5 left wrong fits of pairs
 _MOST_NEIGHBOURS = 7  # of a source, itself among them, that are tried with an alternative of it
+_SURROUNDINGS_FWHM = 3.0  # margin of windows in which sources are tried with their neighbours
 _MARGIN_FWHM = 2.5  # of windows, beyond the outermost positions
 _LEAST_SIDE = 32  # of windows, pixels
 _LEAST_NOISE = 1e-7  # of the brightest pixel: below, squares of noise are lost in rounding
@@ -196,7 +194,7 @@ def surroundings(field: Field, fits: SourceFits) -> tuple[Windows, NDArray[np.in
     """Windows round each source and its nearest neighbours, and which of them is whose (n,)."""
     distance = _LINK_FWHM * field.fwhm_pix
     members, own = neighbourhoods(fits.x, fits.y, distance, _MOST_NEIGHBOURS)
-    return _placed(field, fits, members, SURROUNDINGS_FWHM), own
+    return _placed(field, fits, members, _SURROUNDINGS_FWHM), own
 
 
 def _placed(
