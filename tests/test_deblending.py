@@ -131,6 +131,18 @@ def test_a_bright_source_hides_what_is_beside_it(x: float, changes: int) -> None
 
 
 def test_what_a_source_must_gain() -> None:
-    """The threshold squared, and 6 ln(31.8): beams in 36 squares of the FWHM."""
-    assert worth_of_one(4.0) == pytest.approx(36.76, abs=0.01)
-    assert worth_of_one(5.0) == pytest.approx(45.76, abs=0.01)
+    """The threshold squared, and 6 ln(11.1): beams in a circle of two FWHMs."""
+    assert worth_of_one(4.0) == pytest.approx(30.44, abs=0.01)
+    assert worth_of_one(5.0) == pytest.approx(39.44, abs=0.01)
+
+
+def test_a_companion_of_an_extended_source_is_no_profile() -> None:
+    """Within its FWHM, and far below the tenth of it that discs may leave; it stays when found."""
+    pair = [[60.0, 40.0, 40.0, 1.5 * SIZE, 1.5 * SIZE, 0.0], point(46, 40, 10)]
+    alone, peak = pair[:1], Peaks(*np.array([[46.0], [40.0], [9.0], [9.0]]))
+    verdict, fits = seen(pair, alone, peak)
+    assert fits.sigma_minor[0] > 1.35 * SIZE  # as a single source it is extended, too
+    assert verdict.changed == 1
+    assert_allclose(as_set(verdict.fits), [[40, 40], [46, 40]], atol=0.5)
+    verdict, _ = seen(pair, pair)
+    assert verdict.changed == 0

@@ -12,7 +12,16 @@ from hyperjax.config import Config
 from hyperjax.fitting import FitOptions
 from hyperjax.sources import SourceFits, render_sources, stamp_gradients
 from hyperjax.spectrum import Spectrum, segment_side
-from hyperjax.whitened import Field, Noise, Swept, fitted_power, sweep, sweep_again
+from hyperjax.whitened import (
+    Field,
+    Noise,
+    Swept,
+    filtered,
+    fitted_power,
+    refiltered,
+    sweep,
+    sweep_again,
+)
 
 FIELD = Field(np.zeros((256, 256)), (1.7**2, 0.0, 1.7**2), 0, Config())
 FILTERED = Noise(np.ones(FIELD.data.shape), Spectrum.white(41))
@@ -112,3 +121,19 @@ def test_what_is_left_of_a_block_is_fitted_again() -> None:
     assert_allclose(parameters(again.fits)[1:], parameters(some.fits)[1:], rtol=0)
     assert [list(own) for own, _ in again.blocks] == [[0], [1], [2]]
     assert_allclose(again.blocks[0][1], alone.fits.covariance[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("changed", [[], [1], [0, 1, 2]], ids=["none", "one", "most"])
+@pytest.mark.parametrize("hole", [False, True], ids=["whole", "hole"])
+def test_what_changed_sources_leave_is_what_all_leave(changed: list[int], hole: bool) -> None:
+    """Only those are drawn that have changed; beside blank pixels, too."""
+    field, swept = swept_pairs()
+    data = field.data.copy()
+    data[85:90, 95:110] = np.nan if hole else data[85:90, 95:110]
+    field, before = dataclasses.replace(field, data=data), swept.fits
+    after = before.copy()
+    after.peak[changed] *= 1.3
+    after.x[changed] += 0.4
+    left = refiltered(field, filtered(field, before), before, after)
+    assert_allclose(left, filtered(field, after), atol=1e-9)
+    assert (before.peak[changed] != after.peak[changed]).all()  # a copy is one
