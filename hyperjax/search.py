@@ -1,10 +1,10 @@
 """Find and model all sources of a map in noise that neighbouring pixels share.
 
 The noise is measured on what the sources leave of the map, all sources are fitted anew, and what is
-left is searched for more, twice if anything was added; and so again, until nothing is added, or
-five times (nine where sources may be a pattern). In the last noise those are fitted again that have
-moved, or that others have moved beside, until none moves. A pattern on the sky would be in the
-noise's spectrum, which therefore has no directions at first.
+left is searched for more, twice if anything was added; and so again, until next to nothing is
+added, or five times (nine where sources may be a pattern). In the last noise those are fitted again
+that have moved, or that others have moved beside, until none moves. A pattern on the sky would be
+in the noise's spectrum, which therefore has no directions at first.
 """
 
 import logging
@@ -61,6 +61,7 @@ _MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
 _NOISES = 5  # times that the noise is measured while sources are added
 _NOISES_OF_PATTERN = 9  # the same where sources may be a pattern
 _WARY_NOISES = 7  # of these, at most, first, without directions
+_FEW = 0.01  # share of sources whose changes are nothing to the noise
 _MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
 _UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
 _DRIFTING = 0.02  # the same where most sources move by more: together they may go far
@@ -124,15 +125,17 @@ def find_sources(field: Field) -> Found | None:
         seen, change = fits, _change(fits, swept.fits)
         settled &= ~_has_come_near(field, fits, swept.fits)
         keep = _is_source(field, swept.fits, threshold if number else 0.0)
-        fits, settled, changes, left = _searched(
-            field, noise, swept.fits.take(np.flatnonzero(keep)), settled[keep]
-        )
+        kept = swept.fits.take(np.flatnonzero(keep))
+        fits, settled, changes, left = _searched(field, noise, kept, settled[keep])
         logger.debug(
             "noise %d: %d changes, %d sources moved", number, changes, np.sum(change > _MOST_MOVED)
         )
-        if number and changes == 0 and wary and pattern:
+        few = number > 0 and left is not None and changes <= _FEW * len(fits.x)
+        if few and wary and pattern:
             wary = False
-        elif number and changes == 0:
+        elif few and changes:
+            break
+        elif few:
             stale = change > _MOST_MOVED
             stale |= _beside(field, swept, _moving(change) | ~keep)
             stale |= _about(field, swept.fits, ~keep)
@@ -298,8 +301,8 @@ def _searched(
     """Change the sources while that is better in the present noise; how many changes that were.
 
     They are looked at `_ROUNDS` times at most. `settled` (n,) are those for which nothing came near
-    to being better. What they leave of the map is told with them, unless the last look has changed
-    them.
+    to being better. What they leave of the map is told with them, unless the last look has
+    changed them.
     """
     threshold, total = field.config.detection.sigma_thres, 0
     for _ in range(_ROUNDS):
