@@ -64,7 +64,7 @@ class FLAGS(IntFlag):
             + cls.SIZE_ON_BOUND * parameters[:, 3:5].any(axis=1)
         )
 
-    NOT_CONVERGED = 1, "the fit did not converge; do not trust any value"
+    NOT_CONVERGED = 1, "the fit did not converge: values may be off by more than their errors"
     SECOND_TRY = 2, "the fit converged only at the second try, with wider bounds"
     POSITION_ON_BOUND = 4, "the fitted position lies on the edge of its allowed range"
     SIZE_ON_BOUND = 8, "a fitted size lies on the edge of its allowed range"
@@ -72,7 +72,11 @@ class FLAGS(IntFlag):
     STEP_LIMIT = 32, "the fit used up its number of steps"
     NEAR_EDGE = 64, "closer than its major FWHM to the edge of the image"
     BLANK_PIXELS = 128, "part of the aperture is blank or outside the image"
-    BLENDED = 256, "fitted together with another source, or overlaps one"
+    BLENDED = (
+        256,
+        "fitted together with another source, or overlaps one; one more that is closer than about "
+        "a beam may be hidden in it, for which the errors do not allow",
+    )
     SHOULDER = 512, "asymmetric surroundings: may be a bump on the flank of a brighter source"
     NO_COVARIANCE = 1024, "the fit has no covariance; errors that need it are NaN"
     NO_DATA = 2048, "no valid pixel in the aperture"
@@ -209,7 +213,7 @@ COLUMNS: tuple[Column, ...] = (
         "is white: brightest pixel of the high-pass filtered map at the source (of the filtered "
         "residual for a source found there), over the scatter of the filtered map",
     ),
-    Column("RMS", float, _JY_BEAM, "Noise of the map at the source"),
+    Column("RMS", float, _JY_BEAM, "Noise of a pixel at the source, in the high-pass filtered map"),
     Column("FLAGS", int, None, "Bits that are explained in the table's metadata"),
     Column("NITER", int, None, "Steps of the fit"),
 )

@@ -454,7 +454,7 @@ def _print_summary(result: "SurveyResult", units: "Units") -> None:
     ]
     if rows:
         rms = f"rms [{units.flux_unit}/beam]"
-        _print_table(("map", "sources", rms, "noise", "seconds", "catalogue"), rows)
+        _print_table(("map", "sources", rms, "noise model", "seconds", "catalogue"), rows)
     more = []
     if any(path.suffix == ".png" for outcome in result.finished for path in outcome.files):
         more.append(f"pictures: {_short(result.layout.plots)}")
@@ -791,7 +791,12 @@ def simulate(
         typer.Option(metavar="LOW HIGH", help="Range of the major FWHM, in beams."),
     ] = (1.0, 1.5),
     blend_fraction: Annotated[
-        float, typer.Option(metavar="FRACTION", help="Part of the sources put next to another.")
+        float,
+        typer.Option(
+            metavar="FRACTION",
+            help="Part of the sources put next to another, within a beam beyond the smallest "
+            "distance.",
+        ),
     ] = 0.0,
     min_separation_beams: Annotated[
         float, typer.Option(metavar="BEAMS", help="Smallest distance of two sources, beam FWHM.")

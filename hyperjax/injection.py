@@ -38,7 +38,7 @@ from hyperjax.config import Config
 from hyperjax.config_io import with_overrides
 from hyperjax.errors import ConfigError, MapError, MapTooSmallError
 from hyperjax.evaluate import matches
-from hyperjax.logs import counted, told_once
+from hyperjax.logs import counted, without_warnings
 from hyperjax.maps import Map, local_geometry, pixel_covariance
 from hyperjax.pipeline import Extraction, extract
 from hyperjax.rms_map import with_usable_noise
@@ -147,7 +147,6 @@ class Completeness:
         return " ".join(parts)
 
 
-@told_once()
 def completeness(
     map: Map,
     config: Config = Config(),  # noqa: B008
@@ -207,9 +206,9 @@ def completeness(
     steps = _Steps(3 + runs, progress)
     random = np.random.default_rng(seed)
     before = steps.done(extract(map, quiet))
-    negative = steps.done(extract(replace(map, data=before.model - map.data), quiet))
+    negative = steps.done(_of_version(replace(map, data=before.model - map.data), quiet))
     pilot = _pilot(map, before, places, random)
-    noise = steps.done(_point_noise(extract(_with(map, pilot), quiet), pilot, map))
+    noise = steps.done(_point_noise(_of_version(_with(map, pilot), quiet), pilot, map))
     if fluxes is None:
         at_threshold = quiet.detection.sigma_thres * noise * float(np.nanmedian(before.rms))
         fluxes = _RANGE[0] * at_threshold, _RANGE[1] * at_threshold
@@ -220,7 +219,7 @@ def completeness(
         some = slice(first, first + places.at_once)
         x, y = places.draw(len(flux[some]), random)
         injected = _injected(map, x, y, flux[some], size[some])
-        after = extract(_with(map, injected), quiet)
+        after = _of_version(_with(map, injected), quiet)
         tables.append(steps.done(_compared(before, after, injected, noise, len(tables))))
     injections = vstack(tables)
     injections.meta = _metadata(map, config, seed, len(tables), places, noise, before)
@@ -228,6 +227,15 @@ def completeness(
         for table in (injections, before.catalog, negative.catalog):
             table.meta |= {"rms_map_not_used": unusable, "noise_model_reason": unusable}
     return _summarised(injections, before.catalog, negative.catalog, seed)
+
+
+def _of_version(map: Map, config: Config) -> Extraction:
+    """What is found on a version of the map; its warnings would be those of the map, or of no use.
+
+    They name the map, which has not what they tell, such as a bright source at an edge.
+    """
+    with without_warnings():
+        return extract(map, config)
 
 
 class _Steps:

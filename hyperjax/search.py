@@ -61,7 +61,7 @@ _MOST_FAINTER = 0.75  # share of sources that do where noise gets directions
 _NOISES = 5  # times that the noise is measured while sources are added
 _NOISES_OF_PATTERN = 9  # the same where sources may be a pattern
 _WARY_NOISES = 7  # of these, at most, first, without directions
-_FEW = 0.01  # share of sources whose changes are nothing to the noise
+_FEW = 0.003  # share of sources whose changes are nothing to the noise
 _MOST_MOVED = 0.5  # errors, in new noise: a source's own window tells 0.96 of what it moves
 _UNMOVED = 0.1  # errors: sources that have moved by less, and their neighbours, are settled
 _DRIFTING = 0.02  # the same where most sources move by more: together they may go far
@@ -157,10 +157,10 @@ def _settled(
     """Fit sources until none moves, without those that turn out to be none.
 
     Those are fitted that are `stale` (n,), since they or what is beside them have moved, that blank
-    pixels cut into, or whose block is another one now. At the end those are fitted once more that
-    are about one that is gone, or is far from where it was `seen` when they were fitted last. What
-    still moves after `_SWEEPS` times, or goes to and fro, has not converged. What the sources leave
-    of the map as they are may be given.
+    pixels cut into, or whose block is another one now; and those about one that is gone, or is far
+    from where it was `seen` when they were fitted last. What still moves by much after `_SWEEPS`
+    times, or goes to and fro by that, has not converged. What the sources leave of the map as they
+    are may be given.
     """
     sweeps, earlier, seen_at = 0, None, _places(seen)
     while True:
@@ -173,7 +173,8 @@ def _settled(
             left = refiltered(field, left, swept.fits, before)
         again = sweep_again(field, noise, swept._replace(fits=before), stale, options, left)
         left = refiltered(field, left, before, again.fits)
-        swept, moving = again, _moving(_change(before, again.fits))
+        swept, change = again, _change(before, again.fits)
+        moving = _moving(change)
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
         far = _change_from(seen_at, swept.fits) > _FAR_MOVED
         seen_at[:, far] = _places(swept.fits)[:, far]
@@ -188,7 +189,7 @@ def _settled(
         back = earlier is not None and not _moving(_change(earlier, swept.fits)).any()
         earlier, ended = before, not stale.any() or (back and not about.any())
         if ended or sweeps == _SWEEPS:
-            swept.fits.status[moving] = 0
+            swept.fits.status[change > _MOST_MOVED] = 0
             return _found(field, noise, swept, left)
 
 

@@ -446,7 +446,16 @@ def test_summary_names_sources_noise_time_and_catalogue(here: Path) -> None:
     assert result.exit_code == 0
     assert result.stderr == ""
     title, row, *_ = result.stdout.splitlines()
-    assert title.split() == ["map", "sources", "rms", "[mJy/beam]", "noise", "seconds", "catalogue"]
+    assert title.split() == [
+        "map",
+        "sources",
+        "rms",
+        "[mJy/beam]",
+        "noise",
+        "model",
+        "seconds",
+        "catalogue",
+    ]
     assert row.split()[:4] == ["orion", "1", "1", "white"]
     assert row.split()[-1] == "hyperjax_out/params/params_orion.ecsv"
 
