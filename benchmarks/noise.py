@@ -36,6 +36,7 @@ ALONE = 2.5  # beams without another source; a source in a blend has none that w
 HIDDEN = 1.5  # beams to a source that was not found: it may be part of this one
 ELONGATED = 1.3  # axis ratio from which axes and position angles are told apart
 FAINT = ((5, 6), (6, 8), (8, 12))  # flux over its error
+APART = ((0.8, 1.0), (1.0, 1.25), (1.25, 1.5), (1.5, 2.5))  # beams to the nearest other source
 COMMON = {
     **{"shape": (400, 400), "n_sources": 60, "min_separation_beams": 4.0, "snr_range": (5.0, 80.0)},
     **{"gradient": 0.0, "structure": 0.0},
@@ -115,6 +116,7 @@ CASES = {
     "white, no source; blank border and holes": Case(HOLES | {"n_sources": 0}),
     "beam-shaped, no source; blank border and holes": Case(BEAM | HOLES | {"n_sources": 0}),
 }
+CROWDS = [name for name in CASES if "300 sources" in name]
 FULL = {
     f"{noise.replace('beam', 'beam-shaped')}, {of}full of rows {beams:g} beams apart": Case(
         {"noise": noise, "snr_range": snr} | full_of_rows(beams)
@@ -170,14 +172,16 @@ def parse_options() -> argparse.Namespace:
 
 
 def report(options: argparse.Namespace) -> list[str]:
-    """The tables: of sources, of faint ones, of maps without any."""
+    """The tables: of sources, of near ones, of faint ones, of maps without any."""
     measured = {name: Measured.of((CASES | FULL)[name], options) for name in options.only}
     with_sources = {name: one for name, one in measured.items() if one.there}
     faint = {name: one for name, one in with_sources.items() if name.endswith("faint")}
+    crowds = {name: one for name, one in with_sources.items() if name in CROWDS}
     usual = {name: one for name, one in with_sources.items() if name not in faint}
     without = {name: one for name, one in measured.items() if not one.there}
     tables = [
         (HEADINGS, [[name, *usual_row(one)] for name, one in usual.items()]),
+        (APART_HEADINGS, [[name, *apart_row(one)] for name, one in crowds.items()]),
         (FAINT_HEADINGS, [[name, *faint_row(one)] for name, one in faint.items()]),
         (EMPTY_HEADINGS, [[name, *empty_row(one, options)] for name, one in without.items()]),
     ]
@@ -235,18 +239,22 @@ def time_of(map: Map, config: Config) -> tuple[float, float, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """All maps of one kind: rows of found sources and of the truth that belong together."""
+    """All maps of one kind: rows of found sources and of the truth that belong together.
+
+    And the distances of those that were not found to the nearest other source, beams.
+    """
 
     there: int
     false: int
     found: QTable
     true: QTable
+    missed: np.ndarray
     beams: float  # area of the maps, beams
 
     @classmethod
     def of(cls, case: Case, options: argparse.Namespace) -> "Measured":
         """Make the maps, extract them, match the tables."""
-        there, false, pairs, beams = 0, 0, [], 0.0
+        there, false, pairs, missed, beams = 0, 0, [], [], 0.0
         config = Config(detection={"sigma_thres": options.sigma}, noise={"model": options.model})
         for seed in range(options.first_seed, options.first_seed + options.maps):
             simulated = simulate(Simulation(**COMMON | case.options, seed=seed))
@@ -258,12 +266,13 @@ class Measured:
             beams += simulated.valid.sum() / simulated.options.beam_fwhm_pix**2
             hidden = np.setdiff1d(np.arange(len(truth)), pair.truth)
             true = truth[pair.truth]
+            missed.append(np.asarray(truth["NEIGHBOUR"][hidden]))
             true["HIDDEN"] = nearest(true, truth[hidden], beam)
             true.meta.clear()
             pairs.append((catalog[pair.catalog], true))
         parts = zip(*pairs, strict=True)
         found, true = (vstack(part, metadata_conflicts="silent") for part in parts)
-        return cls(there, false, found, true, beams)
+        return cls(there, false, found, true, np.concatenate(missed), beams)
 
 
 def as_map(simulated: Simulated, data: np.ndarray) -> Map:
@@ -321,6 +330,10 @@ FAINT_HEADINGS = (
     *("noise", "found / there, false"),
     *(f"bias of flux, S/N {low} to {high}, %" for low, high in FAINT),
 )
+APART_HEADINGS = (
+    "noise and sources",
+    *(f"{low:g} to {high:g} beams: found, > 30 % off" for low, high in APART),
+)
 EMPTY_HEADINGS = ("noise", "false sources", "peaks above the threshold if Gaussian")
 
 
@@ -356,6 +369,25 @@ def faint_row(one: Measured) -> list[str]:
     error, _ = flux_error(one)
     ratio = (one.true["FLUX_TOTAL"] / np.median(one.found["FLUX_TOTAL_ERR"])).to_value(u.one)
     return [counts(one), *(biased(error[(ratio > low) & (ratio <= high)]) for low, high in FAINT)]
+
+
+def apart_row(one: Measured) -> list[str]:
+    """By the distance to the nearest other source, found or not."""
+    error, ratio = flux_error(one)
+    far, surer = np.abs(error) > FAR_OFF, ratio > SURER
+    cells = []
+    for low, high in APART:
+        found, missed = (
+            (low <= beams) & (beams < high)
+            for beams in (np.asarray(one.true["NEIGHBOUR"]), one.missed)
+        )
+        if found.sum() + missed.sum() == 0:
+            cells.append("")
+            continue
+        share = found.sum() / (found.sum() + missed.sum())
+        off = f"{100 * far[surer & found].mean():.1f} %" if (surer & found).any() else "-"
+        cells.append(f"{100 * share:.1f} %, {off}")
+    return cells
 
 
 def empty_row(one: Measured, options: argparse.Namespace) -> list[str]:

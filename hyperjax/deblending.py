@@ -127,7 +127,8 @@ def better_sources(
     """Put the best alternatives in the places of sources, where they are better by enough.
 
     One source more must gain `worth_of_one`, and what sources beside it may leave that are no
-    Gaussians. Of extended ones that is also what other radial profiles would take away. Where fewer
+    Gaussians. Of extended ones that is also what other radial profiles would take away, and more
+    where that is most of the gain. Where fewer
     sources lose less than that, they are put in place. Of alternatives that share sources the best
     one is.
 
@@ -198,8 +199,8 @@ def _worth(
 ) -> float:
     """Chi^2 that the more sources must gain: of those at present and an alternative.
 
-    The `present` sources (k, 6) have the signal-to-noise ratios `strength` (k,). What counts are
-    the fewer sources, beside what has changed.
+    The `present` sources (k, 6) have the signal-to-noise ratios `strength` (k,). What counts is
+    what the fewer sources may leave beside what has changed, as both were fitted.
     """
     more = len(option.sources) - len(present)
     same = (present[:, None] == option.sources).all(axis=2)

@@ -177,6 +177,8 @@ def _settled(
         moving = _moving(change)
         keep = _is_source(field, swept.fits, field.config.detection.sigma_thres)
         far = _change_from(seen_at, swept.fits) > _FAR_MOVED
+        if earlier is not None:  # what goes to and fro is where it was
+            far &= _moving(_change(earlier, swept.fits))
         seen_at[:, far] = _places(swept.fits)[:, far]
         about = _about(field, swept.fits, far | ~keep)
         stale = moving | _beside(field, swept, moving | ~keep) | about
@@ -348,20 +350,21 @@ def _is_significant(field: Field, fits: SourceFits, threshold: float) -> NDArray
     source: where noise is of the size of the beam sizes are uncertain, and with them total fluxes,
     of sources that are there without a doubt. (Not at an edge, beyond which noise is continued by
     its mirror image: where it has directions it is another one there.) Sources near others were
-    compared with what is there without them, and are sources if their total flux is above its
-    error; of others it is above sqrt(5) times its error. Where a fit leaves more than noise,
-    errors count as larger by that.
+    compared with what is there without them, and have a total flux above its error; others, and
+    those that blank pixels cut into, above sqrt(5) times its error. Where a fit leaves more than
+    noise, errors count as larger by that.
     """
     ratio = _flux_ratio(fits)
     poor = fits.chi2_red > POOR_CHI2
     excess = np.where(poor, fits.chi2_red, 1.0)
     compared = np.isin(np.arange(len(ratio)), _neighbours(field, fits))
+    least_ratio = np.where(compared & ~is_cut(field, fits), LEAST_OF_MEMBERS, _LEAST_RATIO)
     least = np.where(poor | ~compared, threshold**2 * excess, 0.0)
     size = np.maximum(FWHM_PER_SIGMA * fits.sigma_major, _EDGE_FWHM * field.fwhm_pix)
     inside = nearest_values(field.depth, fits.x, fits.y) > size
     worth = worth_of_one(threshold) * excess
     reached = (ratio**2 >= least) | inside & (significance(fits) ** 2 >= worth)
-    return np.asarray(reached & (ratio > np.where(compared, LEAST_OF_MEMBERS, _LEAST_RATIO)))
+    return np.asarray(reached & (ratio > least_ratio))
 
 
 def _first_of_groups(

@@ -5,6 +5,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
+from hyperjax import deblending
 from hyperjax.config import Config
 from hyperjax.deblending import Peaks, Verdict, better_sources, halves, merged, worth_of_one
 from hyperjax.fitting import FitOptions
@@ -136,13 +137,22 @@ def test_what_a_source_must_gain() -> None:
     assert worth_of_one(5.0) == pytest.approx(39.44, abs=0.01)
 
 
-def test_a_companion_of_an_extended_source_is_no_profile() -> None:
-    """Within its FWHM, and far below the tenth of it that discs may leave; it stays when found."""
+@pytest.mark.parametrize("start", [46.0, 47.3], ids=["within", "beyond"])
+def test_a_companion_of_an_extended_source_is_no_profile(
+    start: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within its FWHM, and far below the tenth of it that discs may leave; it stays when found.
+
+    It is none where that is taken for another profile, wherever its fit is begun.
+    """
     pair = [[60.0, 40.0, 40.0, 1.5 * SIZE, 1.5 * SIZE, 0.0], point(46, 40, 10)]
-    alone, peak = pair[:1], Peaks(*np.array([[46.0], [40.0], [9.0], [9.0]]))
+    alone, peak = pair[:1], Peaks(*np.array([[start], [40.0], [9.0], [9.0]]))
     verdict, fits = seen(pair, alone, peak)
     assert fits.sigma_minor[0] > 1.35 * SIZE  # as a single source it is extended, too
     assert verdict.changed == 1
     assert_allclose(as_set(verdict.fits), [[40, 40], [46, 40]], atol=0.5)
     verdict, _ = seen(pair, pair)
+    assert verdict.changed == 0
+    monkeypatch.setattr(deblending, "_OF_PROFILE", -1.0)
+    verdict, _ = seen(pair, alone, peak)
     assert verdict.changed == 0

@@ -276,9 +276,11 @@ def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.Monk
     assert (stopped.fits.status == 0).all()
 
 
+@pytest.mark.parametrize(("errors", "told"), [(0.3, False), (1.0, True), (3.0, True)])
 def test_a_source_that_goes_to_and_fro_has_not_converged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    errors: float, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By half its error and more; however far it goes, it ends at once."""
     map, _ = made(tmp_path, n_sources=12, min_separation_beams=5.0, snr_range=(30, 60))
     (xx, xy), (_, yy) = map.beam_covariance_pix.tolist()
     field = Field(map.data, (xx, xy, yy), 41, config_from_dict({}))
@@ -286,7 +288,7 @@ def test_a_source_that_goes_to_and_fro_has_not_converged(
     assert found is not None
     fits, calls = found.fits, []
     one = np.arange(len(fits.x)) == 3
-    step = np.where(one, np.sqrt(fits.covariance[:, 0, 0]), 0.0)
+    step = np.where(one, errors * np.sqrt(fits.covariance[:, 0, 0]), 0.0)
 
     def to_and_fro(field: Field, noise: Noise, swept: Swept, *_: Any) -> Swept:
         calls.append(1)
@@ -296,7 +298,45 @@ def test_a_source_that_goes_to_and_fro_has_not_converged(
     monkeypatch.setattr(search, "sweep_again", to_and_fro)
     settled = search._settled(field, found.noise, Swept(fits, []), one, FitOptions(), fits)
     assert len(calls) < 5
-    assert list(settled.fits.status == 0) == list(one)
+    assert list(settled.fits.status == 0) == list(one & told)
+
+
+def test_the_noise_is_not_measured_again_for_few_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are fitted to the end then, as they are after more measurements."""
+    map, _ = made(tmp_path, n_sources=60, min_separation_beams=1.2, snr_range=(10, 60))
+    measured: list[Noise] = []
+
+    def noted(*args: Any, **options: Any) -> Noise:
+        measured.append(updated_noise(*args, **options))
+        return measured[-1]
+
+    monkeypatch.setattr(search, "updated_noise", noted)
+    monkeypatch.setattr(search, "better_sources", with_a_change_each(search.better_sources))
+    often = extract(map).catalog
+    assert len(measured) == search._NOISES
+    measured.clear()
+    monkeypatch.setattr(search, "_FEW", 0.1)
+    once, again = matched_rows(extract(map), often)
+    assert len(measured) == 2
+    assert len(once) == len(often)
+    assert (once["STATUS"] == 1).all()
+    off = (once["FLUX_TOTAL"] - again["FLUX_TOTAL"]) / again["FLUX_TOTAL_ERR"]
+    assert np.abs(off.to_value("")).max() < 0.5
+
+
+def with_a_change_each(compare: Any) -> Any:
+    """What finds better sources, that says the first time in each noise that one has changed."""
+    seen: list[int] = []
+
+    def compared(field: Field, noise: Noise, *args: Any) -> Any:
+        verdict = compare(field, noise, *args)
+        new = id(noise) not in seen
+        seen.append(id(noise))
+        return verdict._replace(changed=verdict.changed + new)
+
+    return compared
 
 
 def test_what_is_beside_a_source_that_goes_far_is_fitted_again(tmp_path: Path) -> None:
@@ -622,6 +662,19 @@ def test_what_is_significant(
     monkeypatch.setattr(search, "model_flux", lambda _: (np.full(2, of_flux), np.ones(2)))
     monkeypatch.setattr(search, "significance", lambda _: np.full(2, snr))
     assert search._is_significant(field, sources, 5.0).tolist() == [kept, kept]
+
+
+def test_a_member_that_blank_pixels_cut_needs_a_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than sqrt(5) times its error: the model stands in for most of it."""
+    data = np.zeros((96, 96))
+    data[:, :46] = np.nan
+    field = Field(data, (4.0, 0.0, 4.0), 41, config_from_dict({}))
+    sources = SourceFits.guess(np.array([[1.0, x, 48.0, 2.0, 2.0, 0.0] for x in (47.0, 56.0)]))
+    sources = sources._replace(chi2_red=np.ones(2))
+    for ratio, kept in ((1.5, [False, True]), (2.3, [True, True])):
+        flux = np.full(2, ratio), np.ones(2)
+        monkeypatch.setattr(search, "model_flux", lambda _, flux=flux: flux)
+        assert search._is_significant(field, sources, 5.0).tolist() == kept
 
 
 def test_sources_that_come_near_are_told() -> None:

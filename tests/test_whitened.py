@@ -1,6 +1,7 @@
 """What fits of sources take with them of the noise, against projections in pixels; sweeps."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 from scipy import fft
 
+from hyperjax import whitened
 from hyperjax.config import Config
 from hyperjax.fitting import FitOptions
 from hyperjax.sources import SourceFits, render_sources, stamp_gradients
@@ -137,3 +139,27 @@ def test_what_changed_sources_leave_is_what_all_leave(changed: list[int], hole: 
     left = refiltered(field, filtered(field, before), before, after)
     assert_allclose(left, filtered(field, after), atol=1e-9)
     assert (before.peak[changed] != after.peak[changed]).all()  # a copy is one
+
+
+def test_each_turn_sees_what_came_out_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a cluster, and more sources that stand alone and are not fitted."""
+    cluster = [(40 + 5.2 * i, 40 + 5.2 * j) for i in range(7) for j in range(7)]
+    alone = [(20 + 15 * i, 150 + 20 * j) for i in range(15) for j in range(4)]
+    fitted = np.arange(len(cluster + alone)) < len(cluster)
+    true = SourceFits.guess(np.array([[40, x, y, 1.9, 1.8, 0.3] for x, y in cluster + alone]))
+    noise = np.random.default_rng(5).normal(size=FIELD.data.shape)
+    field = dataclasses.replace(FIELD, data=render_sources(noise.shape, true) + noise, box=41)
+    begun = true._replace(peak=np.where(fitted, 0.9, 1.0) * true.peak)
+    fit_blocks, waves_of, seen = whitened._fit_blocks, whitened.waves_of, []
+    monkeypatch.setattr(
+        whitened, "waves_of", lambda noise, left: seen.append(left) or waves_of(noise, left)
+    )
+
+    def checked(*args: Any) -> Any:
+        assert_allclose(seen[-1], filtered(field, args[4]), atol=1e-9)
+        return fit_blocks(*args)
+
+    monkeypatch.setattr(whitened, "_fit_blocks", checked)
+    swept = sweep(field, FILTERED, begun, FitOptions(), among=fitted)
+    assert len(seen) >= 4
+    assert np.abs(swept.fits.peak / true.peak - 1).max() < 0.2
