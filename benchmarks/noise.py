@@ -94,7 +94,7 @@ CASES = {
     "beam-shaped, beam of 5 pixels, axis ratio 0.6": Case(BEAM | TILTED),
     "white, growing five times across the map": Case({"n_sources": 80}, growing),
     "white, 300 sources, 30 % in blends": Case(CROWD),
-    "the same, at least a beam apart": Case(CROWD | {"min_separation_beams": 1.0}),
+    "white, 300 sources a beam apart, 30 % in blends": Case(CROWD | {"min_separation_beams": 1.0}),
     "beam-shaped, 300 sources, 30 % in blends": Case(CROWD | BEAM),
     "1/f, 300 sources, 30 % in blends": Case(CROWD | {"noise": "1/f"}),
     "white, 190 sources 1.5 to 2.5 beams apart": Case(
