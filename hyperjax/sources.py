@@ -89,7 +89,7 @@ class SourceFits(NamedTuple):
 
     def copy(self) -> "SourceFits":
         """The same in arrays of their own."""
-        return SourceFits(*(column.copy() for column in self))
+        return SourceFits(**{name: column.copy() for name, column in self._asdict().items()})
 
     def in_groups(self, group: NDArray[np.int_]) -> "SourceFits":
         """The sources with the labels of their groups, from 0, and the groups' sizes."""
