@@ -217,7 +217,7 @@ def _sweep(
     reach = _reach(placed, fwhm_pix, config)
     guess = _with_new(SourceFits.unknown(0), start)
     if last is not None:
-        fits = last = last.copy()  # a copy, which changes turn by turn
+        fits = last = last.copy()  # which changes turn by turn
     for now in range(np.max(turn, initial=-1) + 1):
         seen = guess if last is None else last
         total = None if last is None else render_sources(data.shape, last)

@@ -221,13 +221,10 @@ def _paired(pairs: NDArray[np.int_], some: NDArray[np.bool_]) -> NDArray[np.bool
     return out
 
 
-def _found(
-    field: Field, noise: Noise, swept: Swept, left: NDArray[np.float64] | None = None
-) -> Found:
-    """The sources as they are, and the peaks of what is left of the map, which may be given."""
+def _found(field: Field, noise: Noise, swept: Swept, left: NDArray[np.float64]) -> Found:
+    """The sources as they are, and the peaks of what is left of the map."""
     fits = swept.fits
     threshold = field.config.detection.sigma_thres
-    left = filtered(field, fits) if left is None else left
     peaks = find_peaks(field, noise, waves_of(noise, left), threshold, least_depth=0.0)
     whole = nearest_values(field.depth, peaks.x, peaks.y) > _EDGE_FWHM * field.fwhm_pix
     at_edge = peaks.take(~whole & (peaks.snr**2 >= worth_of_one(threshold)))
