@@ -27,6 +27,7 @@ _STANDING_OUT = 4.0  # power of a mode over that of its ring; random sources and
 _FLOOR = 1e-4  # of the peak of the power
 _OUTLYING = 1.5  # power of a segment, of the median's, from which it holds more than noise
 _SCATTER = 8.0  # what is added to that where there are few modes, over the root of their number
+_DIVIDED = 500_000  # pixels of an image whose transform is divided over threads
 _MOST_SEGMENTS = 1000  # that are transformed: more would tell nothing new
 _FILLED = 0.5  # least valid share of a segment, tapered
 _MOST_FITTED = 0.8  # share of the power of a mode that the fits may have taken with them
@@ -178,7 +179,7 @@ class Waves(NamedTuple):
         ]
         padded = np.pad(image, around, mode="symmetric")
         room = _Room(before, (ny, nx), (total[0], total[1]))
-        return cls(room, np.asarray(fft.rfft2(padded, workers=cpu_threads())))
+        return cls(room, np.asarray(fft.rfft2(padded, workers=_threads(padded.size))))
 
     def whitened(self, spectrum: Spectrum) -> NDArray[np.float64]:
         """The image made white."""
@@ -196,8 +197,13 @@ class Waves(NamedTuple):
     def _image(self, factor: NDArray[np.float64]) -> NDArray[np.float64]:
         """The image with its modes multiplied by a factor."""
         before, (ny, nx), total = self.room
-        image = fft.irfft2(self.modes * factor, total, workers=cpu_threads())
+        image = fft.irfft2(self.modes * factor, total, workers=_threads(total[0] * total[1]))
         return np.asarray(image[before : before + ny, before : before + nx])
+
+
+def _threads(pixels: int) -> int:
+    """Threads that transform an image: one, where more would take longer to wake than they save."""
+    return cpu_threads() if pixels >= _DIVIDED else 1
 
 
 @functools.lru_cache(maxsize=2)

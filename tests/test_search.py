@@ -561,7 +561,7 @@ def test_what_is_left_above_the_threshold_is_told(
     def without_one(field: Field, noise: Noise, swept: Swept, left: NDArray) -> search.Found:
         lost["place"] = swept.fits.x[3], swept.fits.y[3]
         fits = swept.fits.take(np.flatnonzero(np.arange(12) != 3))
-        return as_it_is(field, noise, swept._replace(fits=fits), None)
+        return as_it_is(field, noise, swept._replace(fits=fits), filtered(field, fits))
 
     monkeypatch.setattr(search, "_found", without_one)
     count = extract(map).catalog.meta["residual_peaks"]
@@ -618,7 +618,7 @@ def test_what_is_left_beside_a_poor_fit_is_not_told_again(tmp_path: Path) -> Non
     found = search.find_sources(field)
     assert found is not None
     fine = found.fits._replace(chi2_red=np.ones(len(found.fits.x)))
-    left = search._found(field, found.noise, Swept(fine, found.blocks)).peaks
+    left = search._found(field, found.noise, Swept(fine, found.blocks), filtered(field, fine)).peaks
     assert (np.hypot(left.x - 200, left.y - 190) < 40).any()
     assert len(found.peaks.x) == 0
 
