@@ -128,9 +128,8 @@ def better_sources(
 
     One source more must gain `worth_of_one`, and what sources beside it may leave that are no
     Gaussians. Of extended ones that is also what other radial profiles would take away, and more
-    where that is most of the gain. Where fewer
-    sources lose less than that, they are put in place. Of alternatives that share sources the best
-    one is.
+    where that is most of the gain. Where fewer sources lose less than that, they are put in place.
+    Of alternatives that share sources the best one is.
 
     Parameters
     ----------

@@ -134,7 +134,7 @@ def find_sources(field: Field) -> Found | None:
         if few and wary and pattern:
             wary = False
         elif few and changes:
-            break
+            break  # all are fitted to the end, with those that are new
         elif few:
             stale = change > _MOST_MOVED
             stale |= _beside(field, swept, _moving(change) | ~keep)
@@ -301,8 +301,8 @@ def _searched(
     """Change the sources while that is better in the present noise; how many changes that were.
 
     They are looked at `_ROUNDS` times at most. `settled` (n,) are those for which nothing came near
-    to being better. What they leave of the map is told with them, unless the last look has
-    changed them.
+    to being better. What they leave of the map is told with them, unless the last look has changed
+    them.
     """
     threshold, total = field.config.detection.sigma_thres, 0
     for _ in range(_ROUNDS):

@@ -233,8 +233,7 @@ def test_a_map_full_of_rows_of_sources(
 ) -> None:
     """Faint and bright ones; with their pattern in the noise fluxes were 17 to 25 % too low.
 
-    Where it is not told from the noise (here if some become fainter) there is a
-    warning.
+    Where it is not told from the noise (here if some become fainter) there is a warning.
     """
     if not told:
         monkeypatch.setattr(search, "_MOST_FAINTER", 0.0)
@@ -256,6 +255,18 @@ def test_a_map_full_of_rows_of_sources(
     assert len(found) > share * len(truth)
     assert least < np.median(ratio) < 1.02
     assert told != any("form a pattern" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("count", "fainter", "told"), [(40, 32, True), (40, 28, False), (16, 16, False)]
+)
+def test_a_pattern_is_in_the_noise_if_most_sources_become_fainter(
+    count: int, fainter: int, told: bool
+) -> None:
+    """More than three of four, of twenty and more."""
+    before = SourceFits.guess(np.tile([1.0, 50.0, 50.0, 2.0, 1.8, 0.0], (count, 1)))
+    after = before._replace(peak=np.where(np.arange(count) < fainter, 0.9, 1.1))
+    assert search._are_in_noise(before, after) == told
 
 
 def test_fits_go_on_until_nothing_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
